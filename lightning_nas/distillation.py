@@ -58,7 +58,7 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.
 
 
 def soft_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Kullback-Leibler divergence from the teacher's distribution to the student's, times the squared temperature.
+    """Kullback-Leibler divergence from the teacher's distribution to the student's, by the squared temperature.
 
     ``T^2 * mean_i( sum_c p_ic (log p_ic - log q_ic) )``: :func:`soft_cross_entropy` less the teacher's own
     entropy, so it is 0 where both agree.
@@ -233,7 +233,9 @@ class Both:
     ) -> Tensor:
         """``weight * task + (1 - weight) * distance to the teacher``."""
         assert task is not None  # needs_task: the caller gives it
-        return self.weight * task + (1 - self.weight) * _distance(student, teacher, self.temperature, features)
+        return self.weight * task + (1 - self.weight) * _distance(
+            student, teacher, self.temperature, features
+        )
 
 
 @student_losses.register("instatune")
@@ -241,7 +243,7 @@ class Both:
 class InstaTuneLoss:
     """InstaTune's loss of a step.
 
-    ``alpha * [CE(S) + sum_i CE(S_i)] + (1 - alpha) * [g KL(S, T) + sum_i ((1 - g) KL(S_i, S) + g KL(S_i, T))]``
+    ``alpha [CE(S) + sum_i CE(S_i)] + (1 - alpha) [g KL(S, T) + sum_i ((1 - g) KL(S_i, S) + g KL(S_i, T))]``
     for the largest network S, its students S_i, and the strong teacher T with g = 1 where it is given, else
     g = 0. ``KL(student, teacher)`` is :func:`soft_kl`, with the squared temperature. CE is the loss of the
     user's ``training_step``: the largest network therefore learns with ``alpha`` times his gradient.

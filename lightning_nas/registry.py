@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """Maps short names to classes, so that ``"sandwich"`` and ``Sandwich(random=2)`` mean the same kind of thing.
+    """Maps short names to classes, so that ``"sandwich"`` means what ``Sandwich()`` means.
 
     Args:
         concept: what is registered, for messages (``"sampler"``).

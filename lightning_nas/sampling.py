@@ -62,7 +62,9 @@ class Random:
 
     def __post_init__(self) -> None:
         if self.random < 1:
-            raise ValueError(f"Random: random must be at least 1, got {self.random}; sampler='largest' trains no member.")
+            raise ValueError(
+                f"Random: random must be at least 1, got {self.random}; sampler='largest' trains no member."
+            )
 
     def students(self, space: SearchSpace, seed: int, step: int, progress: float) -> tuple[Architecture, ...]:
         """The drawn members."""
@@ -140,5 +142,7 @@ def sampler_named(sampler: str | Sampler) -> Sampler:
     if isinstance(sampler, str):
         return samplers[sampler]()
     if not isinstance(sampler, Sampler):
-        raise TypeError(f"sampler must be a name ({', '.join(samplers)}) or have .students(...), got {sampler!r}.")
+        raise TypeError(
+            f"sampler must be a name ({', '.join(samplers)}) or have .students(...), got {sampler!r}."
+        )
     return sampler

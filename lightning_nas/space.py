@@ -102,11 +102,14 @@ class Depth(Choice):
         super().__post_init__()
         object.__setattr__(self, "keeps", tuple(tuple(int(i) for i in kept) for kept in self.keeps))
         if self.keeps and len(self.keeps) != len(self.values):
-            raise ValueError(f"Depth {self.name!r}: {len(self.values)} values but {len(self.keeps)} lists in keeps.")
+            raise ValueError(
+                f"Depth {self.name!r}: {len(self.values)} values but {len(self.keeps)} lists in keeps."
+            )
         for value, kept in zip(self.values, self.keeps, strict=False):
             if len(kept) != value or list(kept) != sorted(set(kept)) or kept[:1] < (0,):
                 raise ValueError(
-                    f"Depth {self.name!r}: keeps for {value} must be {value} ascending block indices, got {kept}."
+                    f"Depth {self.name!r}: keeps for {value} must be {value} ascending block indices, "
+                    f"got {kept}."
                 )
 
     def kept(self, value: Value) -> tuple[int, ...]:
@@ -174,8 +177,12 @@ class Architecture(Mapping[str, Value]):
             ValueError: if the text is not a JSON object of plain values.
         """
         values = json.loads(text)
-        if not isinstance(values, dict) or not all(isinstance(v, bool | int | float | str) for v in values.values()):
-            raise ValueError(f"Architecture.from_json: expected an object of plain values, got {text[:80]!r}.")
+        if not isinstance(values, dict) or not all(
+            isinstance(v, bool | int | float | str) for v in values.values()
+        ):
+            raise ValueError(
+                f"Architecture.from_json: expected an object of plain values, got {text[:80]!r}."
+            )
         return cls(values)
 
 
@@ -190,7 +197,8 @@ class SearchSpace:
         ValueError: for repeated names, a condition on an unknown choice or value, or conditions in a circle.
 
     Example:
-        >>> space = SearchSpace([Choice("depth", (1, 2)), Choice("layers.1.heads", (2, 4), when={"depth": (2,)})])
+        >>> heads = Choice("layers.1.heads", (2, 4), when={"depth": (2,)})
+        >>> space = SearchSpace([Choice("depth", (1, 2)), heads])
         >>> space.size
         3
         >>> space.canonical(space.architecture({"depth": 1, "layers.1.heads": 2})).key
@@ -208,7 +216,9 @@ class SearchSpace:
         names = [choice.name for choice in self.choices]
         if len(self._by_name) < len(names):
             repeated = sorted({name for name in names if names.count(name) > 1})
-            raise ValueError(f"SearchSpace: choices named twice: {', '.join(repeated)}. Names must be unique.")
+            raise ValueError(
+                f"SearchSpace: choices named twice: {', '.join(repeated)}. Names must be unique."
+            )
         for choice in self.choices:
             for parent, allowed in choice.conditions:
                 where = f"the condition of {choice.name!r}"
@@ -273,7 +283,8 @@ class SearchSpace:
                 raise ValueError(_unknown("SearchSpace.architecture", "choice", name, self._by_name))
             if value not in self._by_name[name].values:
                 raise ValueError(
-                    f"SearchSpace.architecture: {name!r} cannot be {value!r}; allowed are {self._by_name[name].values}."
+                    f"SearchSpace.architecture: {name!r} cannot be {value!r}; "
+                    f"allowed are {self._by_name[name].values}."
                 )
         return Architecture({c.name: values.get(c.name, c.values[-1]) for c in self.choices})
 
@@ -299,7 +310,9 @@ class SearchSpace:
         """
         self._check(architecture)
         on = set(self.active(architecture))
-        return Architecture({c.name: architecture[c.name] if c.name in on else c.values[-1] for c in self.choices})
+        return Architecture(
+            {c.name: architecture[c.name] if c.name in on else c.values[-1] for c in self.choices}
+        )
 
     def sample(self, rng: np.random.Generator) -> Architecture:
         """A random architecture in canonical form: each active choice uniform over its options."""
@@ -320,14 +333,20 @@ class SearchSpace:
     def enumerate(self) -> Iterator[Architecture]:
         """Every canonical architecture once, lazily; meant for small spaces (see :attr:`size`)."""
 
-        def extend(chosen: dict[str, Value], on: frozenset[str], rest: Sequence[Choice]) -> Iterator[Architecture]:
+        def extend(
+            chosen: dict[str, Value], on: frozenset[str], rest: Sequence[Choice]
+        ) -> Iterator[Architecture]:
             if not rest:
                 yield Architecture({name: chosen[name] for name in self._by_name})
                 return
             choice = rest[0]
-            is_active = all(parent in on and chosen[parent] in allowed for parent, allowed in choice.conditions)
+            is_active = all(
+                parent in on and chosen[parent] in allowed for parent, allowed in choice.conditions
+            )
             for value in choice.values if is_active else choice.values[-1:]:
-                yield from extend({**chosen, choice.name: value}, on | {choice.name} if is_active else on, rest[1:])
+                yield from extend(
+                    {**chosen, choice.name: value}, on | {choice.name} if is_active else on, rest[1:]
+                )
 
         return extend({}, frozenset(), self._parents_first)
 
@@ -347,7 +366,8 @@ class SearchSpace:
             beyond = [value for value in kept if value not in self._by_name[name].values]
             if beyond or not kept:
                 raise ValueError(
-                    f"SearchSpace.restrict: {name!r} must keep some of {self._by_name[name].values}, got {tuple(kept)}."
+                    f"SearchSpace.restrict: {name!r} must keep some of {self._by_name[name].values}, "
+                    f"got {tuple(kept)}."
                 )
         return SearchSpace(self._restricted(choice, values) for choice in self.choices)
 
@@ -366,7 +386,9 @@ class SearchSpace:
             rows = json.loads(text)["choices"]
             return cls(Depth(**row) if "keeps" in row else Choice(**row) for row in rows)
         except (TypeError, KeyError) as error:
-            raise ValueError(f"SearchSpace.from_json: not a search space ({error}): {text[:80]!r}.") from error
+            raise ValueError(
+                f"SearchSpace.from_json: not a search space ({error}): {text[:80]!r}."
+            ) from error
 
     # --- numbers for predictors and costs
 
@@ -378,7 +400,12 @@ class SearchSpace:
         """
         architectures = list(architectures)
         read = itemgetter(*self._by_name)
-        rows = [read(a._items if isinstance(a, Architecture) else a) for a in map(self._named, architectures)]
+        try:
+            rows = [
+                read(a._items if isinstance(a, Architecture) else a) for a in map(self._named, architectures)
+            ]
+        except KeyError:
+            rows = [read(self._checked(a)) for a in architectures]  # names the fault
         columns = list(zip(*rows, strict=True)) if len(self.choices) > 1 else [tuple(rows)]
         result = np.empty((len(rows), len(self.choices)), dtype=np.int64)
         for j, choice in enumerate(self.choices):
@@ -386,9 +413,7 @@ class SearchSpace:
             try:
                 result[:, j] = list(map(position.__getitem__, columns[j])) if rows else []
             except KeyError:
-                next(self._check(a) for a in architectures)  # names the first fault
-                for architecture in architectures:
-                    self._check(architecture)
+                list(map(self._checked, architectures))  # names the fault
         column = {name: j for j, name in enumerate(self._by_name)}
         for choice in self._parents_first:
             for parent, allowed in choice.conditions:
@@ -417,7 +442,9 @@ class SearchSpace:
             return (index + 1).astype(np.float64)
         if kind != "one-hot":
             raise ValueError(f"SearchSpace.encode: kind must be 'one-hot' or 'ordinal', got {kind!r}.")
-        blocks = [index[:, j : j + 1] == np.arange(len(choice.values)) for j, choice in enumerate(self.choices)]
+        blocks = [
+            index[:, j : j + 1] == np.arange(len(choice.values)) for j, choice in enumerate(self.choices)
+        ]
         return np.concatenate(blocks, axis=1).astype(np.float64)
 
     def feature_names(self, kind: Literal["one-hot", "ordinal"] = "one-hot") -> list[str]:
@@ -435,7 +462,9 @@ class SearchSpace:
         while left:
             ready = [choice for choice in left if all(parent in done for parent, _ in choice.conditions)]
             if not ready:
-                raise ValueError(f"SearchSpace: conditions in a circle among {', '.join(c.name for c in left)}.")
+                raise ValueError(
+                    f"SearchSpace: conditions in a circle among {', '.join(c.name for c in left)}."
+                )
             done.update((choice.name, choice) for choice in ready)
             left = [choice for choice in left if choice.name not in done]
         return tuple(done.values())
@@ -460,7 +489,9 @@ class SearchSpace:
         leaves = [choice for choice in component if choice.name not in controlling]
 
         def active(choice: Choice, chosen: Mapping[str, Value]) -> bool:
-            return all(parent in chosen and chosen[parent] in allowed for parent, allowed in choice.conditions)
+            return all(
+                parent in chosen and chosen[parent] in allowed for parent, allowed in choice.conditions
+            )
 
         def count(chosen: dict[str, Value], rest: Sequence[Choice]) -> int:
             if not rest:
@@ -473,7 +504,9 @@ class SearchSpace:
 
     def _restricted(self, choice: Choice, values: Mapping[str, Sequence[Value]]) -> Choice:
         kept = tuple(v for v in choice.values if v in values.get(choice.name, choice.values))
-        when = tuple((p, tuple(v for v in allowed if v in values.get(p, allowed))) for p, allowed in choice.conditions)
+        when = tuple(
+            (p, tuple(v for v in allowed if v in values.get(p, allowed))) for p, allowed in choice.conditions
+        )
         if isinstance(choice, Depth) and choice.keeps:
             return replace(choice, values=kept, when=when, keeps=tuple(choice.kept(v) for v in kept))
         return replace(choice, values=kept, when=when)
@@ -481,6 +514,10 @@ class SearchSpace:
     def _named(self, architecture: Mapping[str, Value]) -> Mapping[str, Value]:
         if len(architecture) != len(self.choices):
             self._check(architecture)
+        return architecture
+
+    def _checked(self, architecture: Mapping[str, Value]) -> Mapping[str, Value]:
+        self._check(architecture)
         return architecture
 
     def _check(self, architecture: Mapping[str, Value]) -> None:

@@ -31,7 +31,9 @@ def numpy_kl(student, teacher, temperature):
         return e / e.sum(-1, keepdims=True)
 
     p, q = softmax(teacher.numpy() / temperature), softmax(student.numpy() / temperature)
-    return temperature**2 * (p * np.log(p / q)).sum(-1).mean(), -temperature**2 * (p * np.log(q)).sum(-1).mean()
+    return temperature**2 * (p * np.log(p / q)).sum(-1).mean(), -(temperature**2) * (p * np.log(q)).sum(
+        -1
+    ).mean()
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
@@ -60,7 +62,12 @@ def test_soft_kl_of_instatune_agrees_with_the_golden_values():
 
 @pytest.mark.parametrize(
     ("temperature", "strong", "golden"),
-    [(1.0, False, 0.372176669), (1.0, True, 0.612298747), (2.0, False, 0.423933916), (2.0, True, 1.121043871)],
+    [
+        (1.0, False, 0.372176669),
+        (1.0, True, 0.612298747),
+        (2.0, False, 0.423933916),
+        (2.0, True, 1.121043871),
+    ],
 )
 def test_instatune_loss_of_a_step_agrees_with_the_golden_values(temperature, strong, golden):
     rule, label = InstaTuneLoss(alpha=0.3, temperature=temperature), torch.tensor([0])
@@ -74,15 +81,25 @@ def test_instatune_loss_of_a_step_agrees_with_the_golden_values(temperature, str
 
 def test_instatune_gradients_agree_with_the_golden_values():
     largest, student = S.clone().requires_grad_(), S_I.clone().requires_grad_()
-    rule, cross_entropy, label = InstaTuneLoss(alpha=0.3), torch.nn.functional.cross_entropy, torch.tensor([0])
+    rule, cross_entropy, label = (
+        InstaTuneLoss(alpha=0.3),
+        torch.nn.functional.cross_entropy,
+        torch.tensor([0]),
+    )
     task = cross_entropy(student, label)
     loss = rule.largest_weight * cross_entropy(largest, label)
     (loss + rule(student, largest.detach(), task=task, strong=None, features=False)).backward()
     torch.testing.assert_close(
-        largest.grad, torch.tensor([[-0.046861580, 0.034258559, 0.012603021]], dtype=torch.float64), atol=1e-8, rtol=0
+        largest.grad,
+        torch.tensor([[-0.046861580, 0.034258559, 0.012603021]], dtype=torch.float64),
+        atol=1e-8,
+        rtol=0,
     )
     torch.testing.assert_close(
-        student.grad, torch.tensor([[-0.344106932, 0.251562325, 0.092544607]], dtype=torch.float64), atol=1e-8, rtol=0
+        student.grad,
+        torch.tensor([[-0.344106932, 0.251562325, 0.092544607]], dtype=torch.float64),
+        atol=1e-8,
+        rtol=0,
     )
 
 
@@ -99,7 +116,9 @@ def test_named_rules_mix_the_task_and_the_teacher():
     given = {"task": task, "strong": None, "features": False}
     assert Teacher(2.0)(student, teacher, **given) == distance
     assert Task()(student, teacher, **given) == task
-    torch.testing.assert_close(Both(2.0, weight=0.25)(student, teacher, **given), 0.25 * task + 0.75 * distance)
+    torch.testing.assert_close(
+        Both(2.0, weight=0.25)(student, teacher, **given), 0.25 * task + 0.75 * distance
+    )
     assert Teacher()(student, teacher, **{**given, "features": True}) == normalized_mse(student, teacher)
 
 

@@ -46,9 +46,15 @@ def test_random_members_are_uniform_over_every_choice():
 
 def test_progressive_opens_the_space_from_the_largest_downwards():
     sampler = Progressive(random=4, until=0.5)
-    smallest = [sampler.students(SPACE, 0, 0, progress)[-1]["layers.0.heads"] for progress in (0.0, 0.3, 0.4, 0.5, 1.0)]
+    smallest = [
+        sampler.students(SPACE, 0, 0, progress)[-1]["layers.0.heads"]
+        for progress in (0.0, 0.3, 0.4, 0.5, 1.0)
+    ]
     assert smallest == [3, 3, 2, 1, 1]
-    assert {m["layers.0.heads"] for step in range(50) for m in sampler.students(SPACE, 0, step, 0.0)} == {3, 4}
+    assert {m["layers.0.heads"] for step in range(50) for m in sampler.students(SPACE, 0, step, 0.0)} == {
+        3,
+        4,
+    }
 
 
 def test_samplers_are_found_by_name_and_faults_are_named():
@@ -58,6 +64,11 @@ def test_samplers_are_found_by_name_and_faults_are_named():
         sampler_named("sandwhich")
     with pytest.raises(TypeError, match="sampler must be a name"):
         sampler_named(4)
-    for bad in (lambda: Random(0), lambda: Sandwich(-1), lambda: Progressive(until=0.0), lambda: Progressive(random=-1)):
+    for bad in (
+        lambda: Random(0),
+        lambda: Sandwich(-1),
+        lambda: Progressive(until=0.0),
+        lambda: Progressive(random=-1),
+    ):
         with pytest.raises(ValueError, match="must be"):
             bad()

@@ -1,0 +1,6 @@
+"""Lightning callbacks, one a file; imported as ``lightning_nas.callbacks``."""
+
+from lightning_nas.callbacks.instatune import InstaTune
+from lightning_nas.callbacks.supernet_training import SupernetTraining
+
+__all__ = ["InstaTune", "SupernetTraining"]

@@ -1,0 +1,93 @@
+"""Every place where the callbacks rely on something that Lightning does not document as public.
+
+``tests/callbacks/test_lightning_internals.py`` fails when Lightning changes one of them.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from copy import deepcopy
+from typing import Any
+
+import torch
+from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning.callbacks import RichProgressBar, WeightAveraging
+from pytorch_lightning.loggers.logger import DummyLogger
+from pytorch_lightning.trainer.states import TrainerFn
+
+__all__ = ["accumulates", "can_validate", "has_static_graph", "run_validation", "takes_batch_idx"]
+
+
+def accumulates(trainer: Trainer) -> bool:
+    """Whether the current micro-batch ends without an optimizer step."""
+    return bool(trainer.fit_loop._should_accumulate())
+
+
+def can_validate(trainer: Trainer) -> bool:
+    """Whether ``fit`` has a ``validation_step`` and validation data to run it on."""
+    return bool(trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined()) and trainer.enable_validation
+
+
+def has_static_graph(trainer: Trainer) -> bool:
+    """Whether DDP was asked for a static graph."""
+    return bool(getattr(trainer.strategy, "_ddp_kwargs", {}).get("static_graph", False))
+
+
+def takes_batch_idx(module: LightningModule) -> bool:
+    """Whether ``training_step`` takes ``batch_idx`` besides the batch."""
+    from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
+
+    return bool(is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2))
+
+
+def run_validation(trainer: Trainer) -> dict[str, float]:
+    """One pass of the running Trainer's own validation loop over the user's ``validation_step`` and metrics.
+
+    Callbacks (but for weight averaging, which lends its weights) and loggers see nothing of it, and the
+    loop's progress, the logged values and the trainer's stage are put back. On several processes each value
+    is the mean over them.
+
+    Returns:
+        What the module logged, by the names that ``monitor=`` would use.
+    """
+    fitting = trainer.state.fn == TrainerFn.FITTING
+    loop = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
+    connector = trainer._logger_connector
+    with ExitStack() as undo:
+        # The bar stays in the list, since a thread of its own looks for it there.
+        kept = [c for c in trainer.callbacks if isinstance(c, WeightAveraging | RichProgressBar)]
+        for bar in kept:
+            if isinstance(bar, RichProgressBar) and bar.is_enabled:
+                bar.disable()
+                undo.callback(bar.enable)
+        _restore(undo, trainer, "callbacks", kept)
+        _restore(undo, trainer, "loggers", [DummyLogger() for _ in trainer.loggers])
+        _restore(undo, trainer.state, "stage", trainer.state.stage)
+        _restore(undo, trainer, "_last_val_time", getattr(trainer, "_last_val_time", 0.0))
+        _restore(undo, loop, "verbose", False)
+        _restore(undo, loop, "batch_progress", deepcopy(loop.batch_progress))
+        _restore(undo, loop, "_restart_stage", loop._restart_stage)
+        _restore(undo, loop, "_restarting", False)
+        _restore(undo, loop, "_results", type(loop._results)(training=False))
+        for name in ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics"):
+            _restore(undo, connector, name, {})
+        for name in ("_first_loop_iter", "_current_fx"):
+            _restore(undo, connector, name, None)
+        if fitting:
+            trainer.validating = True
+        loop.run()
+        logged = dict(connector._callback_metrics)
+    return {name: float(_mean_over_ranks(trainer, value)) for name, value in logged.items()}
+
+
+def _restore(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Set an attribute until ``undo`` is closed, then put the very object back that was there."""
+    undo.callback(setattr, owner, name, getattr(owner, name))
+    setattr(owner, name, value)
+
+
+def _mean_over_ranks(trainer: Trainer, value: Any) -> Any:
+    if trainer.world_size == 1:
+        return value
+    tensor = torch.as_tensor(value, dtype=torch.float64, device="cpu").to(trainer.strategy.root_device)
+    return trainer.strategy.reduce(tensor, reduce_op="mean")

@@ -1,0 +1,395 @@
+"""Fine-tunes a supernet and searches it for its Pareto front, in one run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning_nas.callbacks._capture import detached, entry_of
+from lightning_nas.callbacks._isolation import same_random_state
+from lightning_nas.callbacks._lightning import can_validate
+from lightning_nas.callbacks.supernet_training import SupernetTraining
+from lightning_utilities.core.apply_func import apply_to_collection
+from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
+from pytorch_lightning.callbacks import Checkpoint
+from pytorch_lightning.loggers import WandbLogger
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_only
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_nas.costs import costs as known_costs
+from lightning_nas.costs import resolve
+from lightning_nas.distillation import OutputReader, StudentLoss
+from lightning_nas.errors import NASError, UnsupportedError
+from lightning_nas.registry import nearest
+from lightning_nas.results import Candidate, Cost, Limit, Maximize, Minimize, Objective, SearchResult
+from lightning_nas.sampling import Sampler
+from lightning_nas.space import Architecture, SearchSpace
+from lightning_nas.strategies import Strategy, strategies
+from lightning_nas.study import search
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["InstaTune"]
+
+
+class InstaTune(SupernetTraining):
+    """Fine-tunes the user's network together with its subnetworks, then searches them for the Pareto front.
+
+    Training is :class:`SupernetTraining`. When it ends, candidates are evaluated by the user's own
+    ``validation_step`` and metrics on his validation data, with the weights that the run ends with. The
+    study, a table, the result and a plot are written beside the checkpoints and logged through every logger.
+
+    Example:
+        >>> from pytorch_lightning import Trainer
+        >>> trainer = Trainer(callbacks=[InstaTune(monitor="val_acc", mode="max", budget=50)], logger=False)
+
+    Args:
+        monitor: the value that the module logs in validation and the search is to improve.
+        mode: ``"max"`` or ``"min"``.
+        costs: the costs to minimise: names such as ``"macs"`` and ``"params"``, or cost objects.
+        strategy: how candidates are chosen: a name or a strategy.
+        budget: distinct candidates to evaluate, at least 1.
+        storage: of the study: an Optuna storage or URL, or ``"memory"``; ``None``: a file beside the
+            checkpoints.
+        constraints: bounds on costs, as ``{"macs": ("<=", 2e8)}``.
+        network: as in :class:`SupernetTraining`, like all that follow.
+        space: as there.
+        sampler: as there; ``"largest"`` searches a plainly fine-tuned network.
+        order: as there; a network that training did not put in order is put in order before the search.
+        warmup: as there.
+        lr_factor: as there.
+        students_learn_from: as there.
+        output: as there.
+        temperature: as there.
+        regularize: as there.
+        seed: of the plan of students and of the search.
+        exclude: as there.
+        validate: as there.
+        folder: where to write; ``None``: ``instatune`` beside the checkpoints, or in the trainer's root.
+
+    Attributes:
+        result: the :class:`~lightning_nas.SearchResult`, after ``fit`` or :meth:`search`.
+
+    Raises:
+        ValueError: for an argument out of range or an unknown name; at the first validation, if the module
+            does not log ``monitor``.
+        UnsupportedError: at the start of ``fit``, for what cannot work, such as missing validation data.
+
+    Reference: Sridhar et al., InstaTune, ICCV 2023 workshops.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val_acc",
+        mode: Literal["max", "min"] = "max",
+        costs: Sequence[str | Cost] = ("macs",),
+        strategy: str | Strategy = "nsga2",
+        budget: int = 100,
+        storage: Any = None,  # whatever Optuna takes
+        constraints: Mapping[Any, tuple[str, float]] | None = None,
+        network: str | None = None,
+        space: SearchSpace | str | None = None,
+        sampler: str | Sampler = "sandwich",
+        order: Literal["importance", "magnitude"] | None = "importance",
+        warmup: int | float = 0.3,
+        lr_factor: float = 1.0,
+        students_learn_from: str | StudentLoss = "both",
+        output: OutputReader | None = None,
+        temperature: float = 1.0,
+        regularize: Literal["largest", "all"] = "largest",
+        seed: int = 0,
+        exclude: Sequence[str] = (),
+        validate: Sequence[Literal["smallest", "random"]] = ("smallest", "random"),
+        folder: str | Path | None = None,
+    ) -> None:
+        super().__init__(
+            network, space, sampler, order, warmup, lr_factor, students_learn_from, output, temperature,
+            regularize, seed, exclude, validate,
+        )  # fmt: skip
+        if mode not in ("max", "min"):
+            raise ValueError(f"InstaTune: mode must be 'max' or 'min', got {mode!r}.")
+        if budget < 1:
+            raise ValueError(
+                f"InstaTune: budget must be at least 1 candidate, got {budget}; SupernetTraining trains only."
+            )
+        for cost in costs:
+            if isinstance(cost, str) and cost not in known_costs:
+                raise ValueError(f"InstaTune: unknown cost {cost!r}. {nearest(cost, known_costs)}")
+        self.monitor, self.mode, self.costs, self.budget = monitor, mode, tuple(costs), budget
+        self.strategy = _strategy(strategy)
+        self.storage, self.constraints, self.folder = storage, constraints, folder
+        Limit.all_of(constraints, "InstaTune")  # names a wrong bound now, not after training
+        self.result: SearchResult | None = None
+        self._search_after_validation = False
+
+    # --- before the search
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and not can_validate(trainer):
+            raise UnsupportedError(
+                f"InstaTune: candidates are judged by {self.monitor!r} in validation, but there is none: give "
+                "the module a validation_step, give fit(val_dataloaders=...), and leave limit_val_batches above 0."
+            )
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            _put_last(trainer, self)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if not trainer.sanity_checking and self.monitor not in trainer.callback_metrics:
+            raise ValueError(
+                f"InstaTune: monitor={self.monitor!r} was not logged in validation. "
+                f"{nearest(self.monitor, trainer.callback_metrics)}"
+            )
+        if self._search_after_validation:
+            self._search_after_validation = False
+            self._search(trainer, pl_module)
+
+    # --- the search
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self.order == "importance" and not self.ordered and not self.importance:
+            rank_zero_info(
+                "InstaTune: no gradients were measured, so heads and units keep their stored order."
+            )
+        elif self.order and not self.ordered and self.sandwich_steps == 0:
+            self._put_in_order(trainer, pl_module)
+        self._search(trainer, pl_module)
+
+    def search(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        dataloaders: Any = None,  # whatever Trainer.validate takes
+        *,
+        strategy: str | Strategy | None = None,
+        budget: int | None = None,
+        folder: str | Path | None = None,
+    ) -> SearchResult:
+        """Search a module that was trained earlier, or search once more by other means.
+
+        Args:
+            trainer: runs the validation; needs no callback of ours.
+            module: the user's module; its network becomes elastic if it is not yet.
+            datamodule: with the validation data.
+            dataloaders: the validation data, in place of a datamodule.
+            strategy: in place of this callback's, for this search.
+            budget: likewise.
+            folder: likewise.
+
+        Returns:
+            The result, also kept as ``.result``.
+
+        Raises:
+            NoMatchError: if the module has no supported network.
+            ValueError: if the module does not log ``monitor``; lists what it logs.
+        """
+        self._attach(module, may_be_missing=False)
+        changes = {"strategy": _strategy(strategy) if strategy else None, "budget": budget, "folder": folder}
+        with ExitStack() as undo:
+            for name, value in changes.items():
+                if value is not None:
+                    undo.callback(setattr, self, name, getattr(self, name))
+                    setattr(self, name, value)
+            undo.callback(setattr, trainer, "callbacks", trainer.callbacks)
+            trainer.callbacks = [*(c for c in trainer.callbacks if c is not self), self]
+            undo.callback(setattr, self, "_search_after_validation", False)
+            self._search_after_validation = True
+            trainer.validate(module, dataloaders, datamodule=datamodule, verbose=False)
+        assert self.result is not None  # on_validation_end set it, or validate raised
+        return self.result
+
+    def extract(self, candidate: Candidate | Architecture) -> nn.Module:
+        """The plain network of a candidate: a copy that needs nothing of this package.
+
+        Raises:
+            NASError: before there is a supernet.
+        """
+        architecture = candidate.architecture if isinstance(candidate, Candidate) else candidate
+        return self._require().extract(architecture)
+
+    def _search(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        supernet, quick = self._require(), bool(getattr(trainer, "fast_dev_run", False))
+        folder = self._folder(trainer)
+        example = self._example(trainer, pl_module)
+        objectives: list[Objective] = [(Maximize if self.mode == "max" else Minimize)(self.monitor)]
+        with same_random_state(pl_module.device):
+            objectives += [Minimize(resolve(cost, supernet, example)) for cost in self.costs]
+        if trainer.is_global_zero and not quick:
+            folder.mkdir(parents=True, exist_ok=True)
+
+        def evaluate(architecture: Architecture) -> dict[str, float]:
+            return self.evaluate(trainer, pl_module, architecture)
+
+        def run(evaluate: Callable[[Architecture], dict[str, float]]) -> SearchResult:
+            return search(
+                supernet.space,
+                evaluate,
+                objectives,
+                strategy=self.strategy,
+                budget=min(self.budget, 2) if quick else self.budget,
+                storage="memory" if quick else (self.storage or folder / "study.log"),
+                name=f"{type(self.strategy).__name__.lower()}-{_fingerprint(supernet.model)}",
+                seed=self.seed,
+                constraints=self.constraints,
+                initial=(supernet.space.largest, supernet.space.smallest),
+                progress=trainer.progress_bar_callback is not None,
+            )
+
+        limits = Limit.all_of(self.constraints, "InstaTune")
+        empty = SearchResult(supernet.space, tuple(objectives), (), limits)
+        self.result = _on_every_rank(trainer, run, evaluate, empty)
+        if not quick:
+            self._report(trainer, folder)
+
+    def _example(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Any, ...] | dict[str, Any]:
+        """One validation example as the network is called, from a validation pass of the largest network."""
+        supernet, found = self._require(), []
+
+        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not found:
+                found.append(
+                    apply_to_collection(detached((args, kwargs)), Tensor, lambda tensor: tensor[:1].clone())
+                )
+
+        handle = entry_of(supernet.model, pl_module).register_forward_pre_hook(watch, with_kwargs=True)
+        try:
+            logged = self.evaluate(trainer, pl_module, supernet.space.largest)
+        finally:
+            handle.remove()
+        if self.monitor not in logged:
+            raise ValueError(
+                f"InstaTune: monitor={self.monitor!r} was not logged in validation. "
+                f"{nearest(self.monitor, logged)}"
+            )
+        if not found:
+            raise NASError("InstaTune: validation did not call the network, so its costs cannot be counted.")
+        args, kwargs = found[0]
+        return args or kwargs
+
+    # --- what the user gets
+
+    def _folder(self, trainer: Trainer) -> Path:
+        if self.folder is not None:
+            return Path(self.folder)
+        beside = [str(c.dirpath) for c in trainer.checkpoint_callbacks if getattr(c, "dirpath", None)]
+        return Path(beside[0] if beside else trainer.log_dir or trainer.default_root_dir) / "instatune"
+
+    @rank_zero_only
+    def _report(self, trainer: Trainer, folder: Path) -> None:
+        result = self.result
+        assert result is not None  # set before
+        result.save(folder)
+        table = result.to_dataframe()
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                {"search/hypervolume": result.hypervolume(), "search/candidates": len(result.candidates)}
+            )
+            if isinstance(logger, WandbLogger):
+                logger.log_table(key="search/candidates_table", dataframe=table)
+                logger.log_image(key="search/front", images=[str(folder / "front.png")])
+                logger.experiment.config.update({"instatune": self._settings()}, allow_val_change=True)
+            elif hasattr(logger.experiment, "add_figure"):  # TensorBoard
+                logger.experiment.add_figure("search/front", result.plot())
+        rank_zero_info(self._closing_lines(folder))
+
+    def _settings(self) -> dict[str, Any]:
+        space = self._require().space
+        return {
+            "monitor": self.monitor, "mode": self.mode,
+            "costs": [str(getattr(cost, "name", cost)) for cost in self.costs],
+            "strategy": repr(self.strategy), "budget": self.budget,
+            "sampler": repr(self.sampler), "order": self.order, "warmup_steps": self.phases.warmup_steps, "lr_factor": self.lr_factor, "seed": self.seed,
+            "students_learn_from": type(self.student_loss).__name__, "space_size": str(space.size),
+        }  # fmt: skip
+
+    def _closing_lines(self, folder: Path) -> str:
+        result, cost = self.result, self.costs[0] if self.costs else None
+        assert result is not None  # set before
+        cost_name = str(getattr(cost, "name", cost))
+        lines = [
+            f"InstaTune: {len(result.candidates)} candidates evaluated, {len(result.front)} on the front; "
+            f"written to {folder}."
+        ]
+        if cost is not None and result.front:
+            middle = result.front[len(result.front) // 2].values[cost_name]
+            lines += [
+                "Next: take one, save it, load it anywhere:",
+                f'    best = instatune.result.best("{self.monitor}", '
+                f'where={{"{cost_name}": ("<=", {middle:.3g})}})',
+                "    small = instatune.extract(best)           # a plain network",
+                '    nas.save(small, "small/")                 # nas.load("small/")',
+            ]
+        return "\n".join(lines)
+
+
+def _strategy(strategy: str | Strategy) -> Strategy:
+    return strategies[strategy]() if isinstance(strategy, str) else strategy
+
+
+def _fingerprint(network: nn.Module) -> str:
+    """Tells weights apart: a study is continued only by a search over the very network that it measured."""
+    digest = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _put_last(trainer: Trainer, callback: Callback) -> None:
+    """Let the search see the weights the run ends with: after every callback that copies averages in.
+
+    A new list, since Lightning is walking over the old one. Checkpoint callbacks stay behind, where Lightning
+    keeps them.
+    """
+    others = [c for c in trainer.callbacks if c is not callback]
+    checkpoints = [c for c in others if isinstance(c, Checkpoint)]
+    trainer.callbacks = [*(c for c in others if not isinstance(c, Checkpoint)), callback, *checkpoints]
+
+
+def _on_every_rank(
+    trainer: Trainer,
+    run: Callable[[Callable[[Architecture], dict[str, float]]], SearchResult],
+    evaluate: Callable[[Architecture], dict[str, float]],
+    empty: SearchResult,
+) -> SearchResult:
+    """Search on the first process; the others evaluate whatever it evaluates, and get what it found.
+
+    ``empty`` is the result without candidates, in which each process holds its own cost objects.
+    """
+    if trainer.world_size == 1:
+        return run(evaluate)
+    broadcast = trainer.strategy.broadcast
+
+    def evaluate_together(architecture: Architecture) -> dict[str, float]:
+        broadcast(architecture)
+        return evaluate(architecture)
+
+    if trainer.is_global_zero:
+        result = None
+        try:
+            result = run(evaluate_together)
+        finally:  # lets the others leave their loop, also when this process is about to fail
+            broadcast(None)
+            broadcast(None if result is None else (result.candidates, result.failed))
+        return result
+    while (architecture := broadcast(None)) is not None:
+        evaluate(architecture)
+    found = broadcast(None)
+    if found is None:
+        raise NASError("InstaTune: the search failed on the first process; its error tells why.")
+    candidates, failed = found
+    reference = next((c for c in candidates if c.architecture == empty.space.largest), None)
+    return replace(empty, candidates=candidates, failed=failed, reference=reference)

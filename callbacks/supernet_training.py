@@ -1,0 +1,600 @@
+"""Trains a network and its subnetworks in one run, around the user's own ``training_step``."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning_nas.callbacks._capture import Call, Capture, entry_of
+from lightning_nas.callbacks._isolation import (
+    RandomState,
+    muted,
+    same_random_state,
+    undisturbed,
+    unregularized,
+)
+from lightning_nas.callbacks._lightning import accumulates, has_static_graph, run_validation, takes_batch_idx
+from lightning_nas.callbacks._networks import find_network
+from lightning_nas.callbacks._ordering import put_in_order, unsortable
+from lightning_nas.callbacks._schedule import LearningRateFactor, Phases
+from pytorch_lightning import Callback, LightningModule, Trainer
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_nas.distillation import OutputReader, StudentLoss, read_output, student_loss_named
+from lightning_nas.errors import NASError, UnsupportedError
+from lightning_nas.sampling import Largest, Sampler, sampler_named
+from lightning_nas.space import Architecture, SearchSpace
+from lightning_nas.supernet import Supernet
+
+__all__ = ["SupernetTraining"]
+
+_MEASURED_STEPS = 8  # last optimizer steps of the warm-up whose gradients give the importance
+
+
+class SupernetTraining(Callback):
+    """Turns a training run into the training of a whole family of subnetworks that share its weights.
+
+    The run has three phases. In ``warmup`` the user's module trains as it always did. Then heads and hidden
+    units are put in the order of their importance, which changes no output. In ``sandwich`` each optimizer
+    step also trains students, subnetworks of one forward and backward pass each, after the largest network's
+    own: the gradient of a step is that of the user's loss plus the sum of the students' losses.
+
+    The user's module stays as it is. It may use gradient accumulation, clipping, mixed precision, any
+    scheduler, ``torch.compile`` and DDP. Cost: one forward and backward pass of each student a step, no extra
+    memory beyond the largest network's step.
+
+    Example:
+        >>> from pytorch_lightning import Trainer
+        >>> trainer = Trainer(callbacks=[SupernetTraining(warmup=0.3)], logger=False)
+
+    Args:
+        network: dotted name of the sub-module to make elastic; ``None``: the one supported network found.
+        space: a search space, the name of a preset of the network's family, or ``None`` for its default.
+        sampler: which students a step trains: a name or a sampler, such as ``nas.Sandwich(random=2)``.
+        order: ``"importance"`` (first-order Taylor, from the gradients of the last warm-up steps),
+            ``"magnitude"``, or ``None`` to keep the order of the pretrained network.
+        warmup: length of the first phase: a fraction of the run below 1, rounded down, or a number of
+            optimizer steps. 0: order on the first batch.
+        lr_factor: multiplies the scheduled learning rate in the sandwich phase.
+        students_learn_from: ``"teacher"`` (the largest network), ``"task"`` (the user's loss), ``"both"``
+            (half each), or a loss object such as ``nas.InstaTuneLoss(alpha=0.3)``.
+        output: reads the logits from what the network returns, where that is not plain.
+        temperature: of distillation by name, above 0.
+        regularize: ``"largest"``: dropout and drop-path act on the largest network only; ``"all"``.
+        seed: of the plan of students; the random state of the run is never used.
+        exclude: shell patterns over layer names that stay whole.
+        validate: which of ``"smallest"`` and ``"random"`` are validated beside the largest after each
+            validation of the sandwich phase, logged as ``<metric>/<role>``.
+
+    Attributes:
+        supernet: the :class:`~lightning_nas.Supernet`, as soon as the network exists. After ``fit`` its
+            layers stay elastic, with the largest network active, until ``supernet.release()``.
+        importance: the scores that the order is made from, by group (``"layers.3.heads"``), in the order that
+            the network had before.
+
+    Raises:
+        ValueError: for an argument out of range or an unknown name.
+        UnsupportedError: at the start of ``fit``, for a network or Trainer setting that cannot work.
+
+    Reference: Sridhar et al., InstaTune, ICCV 2023 workshops; Yu et al., BigNAS, ECCV 2020, section 3 (the
+    sandwich step); the ordering is the Taylor criterion of Molchanov et al., ICLR 2017.
+    """
+
+    def __init__(
+        self,
+        network: str | None = None,
+        space: SearchSpace | str | None = None,
+        sampler: str | Sampler = "sandwich",
+        order: Literal["importance", "magnitude"] | None = "importance",
+        warmup: int | float = 0.3,
+        lr_factor: float = 1.0,
+        students_learn_from: str | StudentLoss = "both",
+        output: OutputReader | None = None,
+        temperature: float = 1.0,
+        regularize: Literal["largest", "all"] = "largest",
+        seed: int = 0,
+        exclude: Sequence[str] = (),
+        validate: Sequence[Literal["smallest", "random"]] = ("smallest", "random"),
+    ) -> None:
+        where = type(self).__name__
+        if order not in ("importance", "magnitude", None):
+            raise ValueError(f"{where}: order must be 'importance', 'magnitude' or None, got {order!r}.")
+        if regularize not in ("largest", "all"):
+            raise ValueError(f"{where}: regularize must be 'largest' or 'all', got {regularize!r}.")
+        if lr_factor <= 0:
+            raise ValueError(f"{where}: lr_factor must be above 0, got {lr_factor}.")
+        if unknown := set(validate) - {"smallest", "random"}:
+            raise ValueError(f"{where}: validate may name 'smallest' and 'random', got {sorted(unknown)}.")
+        self.network, self.space, self.order, self.seed = network, space, order, seed
+        self.sampler = sampler_named(sampler)
+        self.student_loss = student_loss_named(students_learn_from, temperature)
+        self.phases = Phases(warmup)
+        self.lr_factor, self.output, self.regularize = lr_factor, output, regularize
+        self.exclude, self.validate = tuple(exclude), tuple(validate)
+        self.supernet: Supernet | None = None
+        self.ordered = False
+        self.sandwich_steps = 0
+        self.trained: Counter[str] = Counter()  # "choice=option" -> students that had it
+        self.curves: dict[str, list[tuple[int, float]]] = {}  # role -> (optimizer step, mean training loss)
+        self.importance: dict[str, Tensor] = {}  # group of heads or units -> the scores it is ordered by
+        self._losses: dict[str, list[Tensor]] = {}
+        self._undo = ExitStack()
+        self._capture: Capture | None = None
+        self._calls: list[Call] = []
+        self._step_arguments: tuple[Any, ...] = ()
+        self._random_state: RandomState | None = None
+        self._is_checked = False
+        self._validation_is_due = False
+        self._worse: set[str] = set()  # metrics in which the smallest network was the better one last time
+        self._has_warned = False
+
+    # --- binding to the run
+
+    @property
+    def state_key(self) -> str:
+        """Tells two callbacks on different networks of one module apart in a checkpoint."""
+        return self._generate_state_key(network=self.network)
+
+    @property
+    def trains_students(self) -> bool:
+        """Whether the sampler draws any student at all."""
+        return not isinstance(self.sampler, Largest)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self._refuse(trainer, pl_module)
+        if trainer.global_step == 0:
+            self.ordered, self.sandwich_steps = False, 0
+            self.importance, self.trained, self.curves = {}, Counter(), {}
+        self._losses = {}
+        # A network that configure_model makes does not exist yet; on_fit_start comes after it.
+        self._attach(pl_module, may_be_missing=True)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._undo.close()  # a run that died without teardown may have left hooks behind
+        self._attach(pl_module, may_be_missing=False)
+        supernet = self._require()
+        self._capture = Capture(entry_of(supernet.model, pl_module), self.output or read_output)
+        self._undo.callback(self._capture.remove)
+        self._calls, self._is_checked, self._validation_is_due = [], False, False
+        self._worse, self._has_warned = set(), False
+        if (teacher := getattr(self.student_loss, "strong_teacher", None)) is not None:
+            teacher.to(pl_module.device).eval()
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.phases.resolve(trainer.estimated_stepping_batches, type(self).__name__)
+        if self.trains_students and self.order and self.phases.warmup_steps > 0 and not self.ordered:
+            if fault := unsortable(trainer):
+                raise UnsupportedError(f"{type(self).__name__}: {fault}.")
+        if self.lr_factor != 1.0:
+            self._factor = LearningRateFactor(self.lr_factor, trainer.optimizers)
+            self._undo.callback(self._factor.remove)
+        rank_zero_info(self._opening_line())
+
+    def _opening_line(self) -> str:
+        supernet, name = self._require(), type(self).__name__
+        if not self.trains_students:
+            return f"{name}: trains the largest network only, of {supernet.space.size:,} architectures."
+        learns = type(self.student_loss).__name__.lower()
+        kind = "features (normalised squared distance)" if self._returns_features() else "logits"
+        rate = f" at {self.lr_factor:g} times the scheduled learning rate" if self.lr_factor != 1 else ""
+        return (
+            f"{name}: {supernet.space.size:,} architectures. {self.phases}{rate}; "
+            f"order: {self.order or 'as stored'}; students learn from {learns}, compared by {kind}."
+        )
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._undo.close()
+        if self.supernet is not None:
+            self.supernet.release()
+            self.supernet = None
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._undo.close()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "ordered": self.ordered,
+            "scores": {name: score.cpu() for name, score in self.importance.items()},
+            "sandwich_steps": self.sandwich_steps,
+            "trained": dict(self.trained),
+            "curves": self.curves,
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.ordered, self.sandwich_steps = state_dict["ordered"], state_dict["sandwich_steps"]
+        self.importance, self.trained = dict(state_dict["scores"]), Counter(state_dict["trained"])
+        self.curves = {role: list(curve) for role, curve in state_dict["curves"].items()}
+
+    def _attach(self, pl_module: LightningModule, may_be_missing: bool) -> None:
+        network = find_network(pl_module, self.network, type(self).__name__, may_be_missing)
+        if network is None:
+            return
+        if self.supernet is not None and not self.supernet.released and self.supernet.model is network:
+            self.supernet.activate(self.supernet.space.largest)
+        else:
+            self.supernet = Supernet(network, space=self.space, exclude=self.exclude)
+
+    def _require(self) -> Supernet:
+        if self.supernet is None:
+            raise NASError(f"{type(self).__name__}: there is no supernet yet; it exists once fit has set up.")
+        return self.supernet
+
+    # --- refusals
+
+    def _refuse(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        faults = []
+        if not pl_module.automatic_optimization:
+            faults.append(
+                "manual optimization is not supported: the step is the user's own; use automatic optimization"
+            )
+        if has_static_graph(trainer):
+            faults.append(
+                "DDP with static_graph=True is not supported: students add passes; leave static_graph out"
+            )
+        if trainer.strategy.handles_gradient_accumulation:
+            faults.append(
+                f"{type(trainer.strategy).__name__} accumulates gradients itself, which hides them from the "
+                "students; use strategy='ddp'"
+            )
+        if faults:
+            raise UnsupportedError(f"{type(self).__name__}: {'; and '.join(faults)}.")
+
+    # --- one optimizer step
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._validate_roles(trainer, pl_module)
+        is_sandwich = self._is_sandwich(trainer)
+        if is_sandwich and (self.student_loss.needs_task or not self.ordered):
+            self._step_arguments = (batch, batch_idx) if takes_batch_idx(pl_module) else (batch,)
+            self._random_state = RandomState.now(pl_module.device)
+        if is_sandwich and self.order and not self.ordered:
+            self._put_in_order(trainer, pl_module)
+        assert self._capture is not None  # made in on_fit_start
+        self._calls = []
+        if is_sandwich or not self._is_checked:
+            self._capture.calls = self._calls
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        assert self._capture is not None  # made in on_fit_start
+        self._capture.calls = None
+        weight = getattr(self.student_loss, "largest_weight", 1.0)
+        if self._is_sandwich(trainer) and loss.requires_grad:
+            if weight != 1.0:
+                loss.register_hook(lambda gradient: gradient * weight)
+            self._add_strong_teacher(trainer, pl_module)
+        self._calls = [Call(call.args, call.kwargs, call.output.detach().clone()) for call in self._calls]
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._is_checked and self._calls:
+            self._check_largest(trainer, pl_module)
+        if self._is_sandwich(trainer):
+            self._train_students(trainer, pl_module)
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if self._is_sandwich(trainer):
+            if self.lr_factor != 1.0:
+                self._factor.apply(optimizer)
+        elif self.order == "importance":
+            end = self.phases.warmup_steps if self.trains_students else self.phases.total_steps
+            if end - trainer.global_step <= _MEASURED_STEPS:
+                self._measure_importance()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._capture is not None  # made in on_fit_start
+        self._capture.calls = None  # a training_step that returned None had no backward pass to end it
+        self._calls, self._step_arguments, self._random_state = [], (), None
+        if accumulates(trainer):
+            return
+        if self.trains_students and trainer.global_step > self.phases.warmup_steps:
+            self.sandwich_steps += 1
+        if self._losses:
+            loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+            self._losses["largest"] = [loss.detach()]
+            self._log_losses(trainer)
+
+    def _is_sandwich(self, trainer: Trainer) -> bool:
+        return self.trains_students and trainer.global_step >= self.phases.warmup_steps
+
+    def _train_students(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """One forward and backward pass of each student, into the gradients that are already there.
+
+        The largest network's graph is gone by now: a student's graph never lives beside it, and memory stays
+        that of one network.
+        """
+        supernet, rule = self._require(), self.student_loss
+        if not self._calls and getattr(rule, "needs_teacher", True):
+            return
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        for architecture in self.sampler.students(
+            supernet.space, self.seed, trainer.global_step, self.phases.progress(trainer.global_step)
+        ):
+            with self._as_student(trainer, pl_module, architecture):
+                loss = self._student_loss(trainer, pl_module)
+                if loss is None:
+                    continue
+                scaled = loss / trainer.accumulate_grad_batches
+                (scaled if scaler is None else scaler.scale(scaled)).backward()
+            self._note(architecture, loss.detach())
+        if trainer.world_size > 1 and not accumulates(trainer):
+            self._agree_on_gradients(trainer, pl_module)
+
+    @contextmanager
+    def _as_student(
+        self, trainer: Trainer, pl_module: LightningModule, architecture: Architecture
+    ) -> Iterator[None]:
+        supernet = self._require()
+        with ExitStack() as stack:
+            stack.enter_context(same_random_state(pl_module.device))
+            stack.enter_context(undisturbed(pl_module))
+            stack.enter_context(muted(pl_module))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))  # one compiled graph: the largest's
+            stack.enter_context(supernet.using(architecture))
+            if self.regularize == "largest":
+                stack.enter_context(unregularized(supernet.model))
+            yield
+
+    def _student_loss(self, trainer: Trainer, pl_module: LightningModule) -> Tensor | None:
+        rule, task = self.student_loss, None
+        with trainer.precision_plugin.train_step_context():
+            if rule.needs_task:
+                task, calls = self._run_task(pl_module)
+                if task is None:
+                    return None
+                outputs = [call.output for call in calls]
+            else:
+                outputs = [self._run_network(call) for call in self._calls]
+            if not getattr(rule, "needs_teacher", True):
+                return task
+            if len(outputs) != len(self._calls):
+                raise NASError(
+                    f"{type(self).__name__}: training_step called the network {len(self._calls)} times for the "
+                    f"largest network but {len(outputs)} times for a student on the same batch; "
+                    "students_learn_from='teacher' does not call training_step again."
+                )
+            features, strong = self._returns_features(), [self._strong_output(call) for call in self._calls]
+            losses = [
+                rule(output, call.output, task=task, strong=teacher, features=features)
+                for output, call, teacher in zip(outputs, self._calls, strong, strict=True)
+            ]
+            return torch.stack(losses).mean()
+
+    def _run_task(self, pl_module: LightningModule) -> tuple[Tensor | None, list[Call]]:
+        """The user's ``training_step`` once more on the same batch, from the same random state."""
+        assert self._random_state is not None  # set in on_train_batch_start
+        assert self._capture is not None  # made in on_fit_start
+        self._random_state.restore()
+        with self._capture.on() as calls:
+            output = pl_module.training_step(*self._step_arguments)
+        return (output["loss"] if isinstance(output, dict) else output), calls
+
+    def _run_network(self, call: Call) -> Tensor:
+        return (self.output or read_output)(self._require().model(*call.args, **call.kwargs))
+
+    def _strong_output(self, call: Call) -> Tensor | None:
+        teacher = getattr(self.student_loss, "strong_teacher", None)
+        if teacher is None:
+            return None
+        with torch.no_grad():
+            return (self.output or read_output)(teacher(*call.args, **call.kwargs))
+
+    def _add_strong_teacher(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the strong teacher's gradient join the largest network's at its output."""
+        if getattr(self.student_loss, "strong_teacher", None) is None:
+            return
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        for call in self._calls:
+            with same_random_state(pl_module.device), trainer.precision_plugin.train_step_context():
+                strong = self._strong_output(call)
+                logits = call.output.detach().requires_grad_()
+                with torch.enable_grad():
+                    loss = self.student_loss.largest_extra(logits, strong)  # type: ignore[attr-defined]
+                    loss = loss / (len(self._calls) * trainer.accumulate_grad_batches)
+            (extra,) = torch.autograd.grad(loss if scaler is None else scaler.scale(loss), logits)
+            call.output.register_hook(lambda gradient, extra=extra: gradient + extra)
+
+    def _agree_on_gradients(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The mean over processes: DDP's own reduction came before the students'."""
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        for dtype in {gradient.dtype for gradient in gradients}:
+            group = [gradient for gradient in gradients if gradient.dtype == dtype]
+            flat = trainer.strategy.reduce(torch.cat([g.reshape(-1) for g in group]), reduce_op="mean")
+            for gradient, part in zip(group, flat.split([g.numel() for g in group]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def _check_largest(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say whether the largest network gives the user's outputs, bit for bit, on the first batch."""
+        self._is_checked = True
+        supernet, call = self._require(), self._calls[0]
+        with ExitStack() as stack:
+            state = stack.enter_context(same_random_state(pl_module.device))
+            stack.enter_context(undisturbed(pl_module))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(trainer.precision_plugin.train_step_context())
+            elastic = self._run_network(call)
+            state.restore()
+            with supernet.paused():
+                plain = self._run_network(call)
+        if torch.equal(elastic, plain):
+            rank_zero_info(
+                f"{type(self).__name__}: the largest network equals yours bit for bit (first batch)."
+            )
+        else:
+            rank_zero_warn(
+                f"{type(self).__name__}: the largest network's outputs differ from your network's by up to "
+                f"{(elastic - plain).abs().max().item():.3g} on the first batch. If your network is "
+                "deterministic, please report it."
+            )
+
+    # --- order
+
+    def _measure_importance(self) -> None:
+        for name, score in self._require().importance().items():
+            if torch.isfinite(score).all():  # a step that the gradient scaler will skip says nothing
+                self.importance[name] = score + self.importance.get(name, torch.zeros_like(score)).to(score)
+
+    def _put_in_order(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        supernet = self._require()
+        if self.order == "magnitude":
+            self.importance = supernet.magnitude()
+        elif not self.importance:
+            self._measure_on_batch(trainer, pl_module)
+        put_in_order(supernet, self.importance, trainer, pl_module)
+        self.ordered = True
+        rank_zero_info(f"{type(self).__name__}: heads and units are in the order of {self.order}.")
+
+    def _measure_on_batch(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Importance from the first batch, where no warm-up step gave gradients."""
+        parameters = [p for p in pl_module.parameters() if p.requires_grad]
+        kept = [p.grad for p in parameters]
+        pl_module.zero_grad(set_to_none=True)
+        try:
+            with self._as_student(trainer, pl_module, self._require().space.largest):
+                with trainer.precision_plugin.train_step_context():
+                    loss, _ = self._run_task(pl_module)
+                if loss is not None:
+                    loss.backward()
+                    self._measure_importance()
+        finally:
+            for parameter, gradient in zip(parameters, kept, strict=True):
+                parameter.grad = gradient
+        if trainer.world_size > 1:
+            self.importance = {
+                name: trainer.strategy.reduce(score, reduce_op="mean")
+                for name, score in self.importance.items()
+            }
+
+    # --- what the user sees
+
+    def _returns_features(self) -> bool:
+        return getattr(self._require().model, "num_classes", None) == 0
+
+    def _role(self, architecture: Architecture) -> str:
+        return "smallest" if architecture == self._require().space.smallest else "random"
+
+    def _note(self, architecture: Architecture, loss: Tensor) -> None:
+        space = self._require().space
+        self._losses.setdefault(self._role(architecture), []).append(loss)
+        self.trained.update(f"{name}={architecture[name]}" for name in space.active(architecture))
+
+    def _log_losses(self, trainer: Trainer) -> None:
+        if trainer.global_step % max(1, trainer.log_every_n_steps) == 0:
+            means = {role: float(torch.stack(losses).float().mean()) for role, losses in self._losses.items()}
+            for role, value in means.items():
+                self.curves.setdefault(role, []).append((trainer.global_step, value))
+                if not math.isfinite(value) and role != "largest":
+                    rank_zero_warn(
+                        f"{type(self).__name__}: the loss of the {role} subnetworks is {value} at step "
+                        f"{trainer.global_step}; lower lr_factor or the learning rate, or clip gradients."
+                    )
+            for logger in trainer.loggers:
+                logger.log_metrics(
+                    {f"supernet_loss/{role}": v for role, v in means.items()}, trainer.global_step
+                )
+        self._losses = {}
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation_is_due = not trainer.sanity_checking and self.sandwich_steps > 0
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validate_roles(trainer, pl_module)
+
+    def _validate_roles(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Validate small members after the user's own validation, which was the largest network's."""
+        if not self._validation_is_due:
+            return
+        self._validation_is_due = False
+        space, largest = self._require().space, dict(trainer.callback_metrics)
+        rng = np.random.default_rng([self.seed, trainer.global_step, 1])
+        members = {"smallest": space.smallest, "random": space.sample(rng)}
+        values: dict[str, float] = {}
+        for role in self.validate:
+            for name, value in self.evaluate(trainer, pl_module, members[role]).items():
+                values[f"{name}/{role}"] = value
+                if name in largest:
+                    values[f"{name}/largest"] = float(largest[name])
+        for logger in trainer.loggers:
+            logger.log_metrics(values, trainer.global_step)
+        self._warn_if_largest_is_worse(values)
+
+    def _warn_if_largest_is_worse(self, values: dict[str, float]) -> None:
+        """Warn once, when the smallest network was better in two validations in a row."""
+        worse = set()
+        for name in {key.rsplit("/", 1)[0] for key in values}:
+            largest, smallest = values.get(f"{name}/largest"), values.get(f"{name}/smallest")
+            sign = 1 if "acc" in name.lower() else -1 if "loss" in name.lower() else 0
+            if largest is not None and smallest is not None and sign * (smallest - largest) > 0:
+                worse.add(name)
+        if (again := sorted(worse & self._worse)) and not self._has_warned:
+            self._has_warned = True
+            rank_zero_warn(
+                f"{type(self).__name__}: {again[0]} of the smallest network "
+                f"({values[f'{again[0]}/smallest']:.4g}) is better than of the largest "
+                f"({values[f'{again[0]}/largest']:.4g}), for the second time. The largest may be overfitting or "
+                "undertrained: lengthen warmup, lower lr_factor, or regularise it more."
+            )
+        self._worse = worse
+
+    def evaluate(
+        self, trainer: Trainer, pl_module: LightningModule, architecture: Architecture
+    ) -> dict[str, float]:
+        """What the user's own validation logs for one architecture, leaving no trace in the run.
+
+        Returns:
+            The logged values by name.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(same_random_state(pl_module.device))
+            stack.enter_context(undisturbed(pl_module))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(self._require().using(architecture))
+            return run_validation(trainer)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validate_roles(trainer, pl_module)
+        if not self.trains_students:
+            return
+        if self.sandwich_steps == 0:
+            rank_zero_warn(
+                f"{type(self).__name__}: the run ended after {trainer.global_step} optimizer steps, before its "
+                f"sandwich phase (which begins after {self.phases.warmup_steps}): no subnetwork was trained. "
+                "Train longer, stop later or lower warmup."
+            )
+        elif self.sandwich_steps >= 20:
+            options = [f"{c.name}={value}" for c in self._require().space.choices for value in c.values]
+            if missing := [option for option in options if not self.trained[option]]:
+                rank_zero_warn(
+                    f"{type(self).__name__}: never trained in {self.sandwich_steps} sandwich steps: "
+                    f"{', '.join(missing[:10])}{' ...' if len(missing) > 10 else ''}. Train longer, draw more "
+                    "random members or restrict the space."
+                )

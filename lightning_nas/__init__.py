@@ -1,0 +1,45 @@
+"""Families of smaller networks out of one fine-tuning run."""
+
+from lightning_nas import costs, strategies, supernet
+from lightning_nas.distillation import InstaTuneLoss
+from lightning_nas.errors import (
+    NASError,
+    NoMatchError,
+    SavedFolderError,
+    StudyMismatchError,
+    UnsupportedError,
+)
+from lightning_nas.results import Candidate, Maximize, Minimize, SearchResult
+from lightning_nas.sampling import Largest, Progressive, Random, Sandwich
+from lightning_nas.saving import load, save
+from lightning_nas.space import Architecture, Choice, Depth, SearchSpace
+from lightning_nas.study import search
+from lightning_nas.supernet import Supernet
+
+__all__ = [
+    "Architecture",
+    "Candidate",
+    "Choice",
+    "Depth",
+    "InstaTuneLoss",
+    "Largest",
+    "Maximize",
+    "Minimize",
+    "NASError",
+    "NoMatchError",
+    "Progressive",
+    "Random",
+    "Sandwich",
+    "SavedFolderError",
+    "SearchResult",
+    "SearchSpace",
+    "StudyMismatchError",
+    "Supernet",
+    "UnsupportedError",
+    "costs",
+    "load",
+    "save",
+    "search",
+    "strategies",
+    "supernet",
+]

@@ -1,0 +1,497 @@
+"""What a search is asked for and what it found: objectives, limits, candidates, front, tables and plots."""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_nas.registry import nearest
+from lightning_nas.space import Architecture, SearchSpace
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "Candidate",
+    "Cost",
+    "Failure",
+    "Limit",
+    "Maximize",
+    "Minimize",
+    "Objective",
+    "SearchResult",
+    "hypervolume",
+    "keeps",
+    "losses",
+    "non_dominated",
+]
+
+
+@runtime_checkable
+class Cost(Protocol):
+    """An architecture to a number with a unit, known without measuring anything."""
+
+    @property
+    def name(self) -> str:
+        """What the number is called (``"macs"``)."""
+
+    @property
+    def unit(self) -> str:
+        """What it is counted in (``"MAC"``)."""
+
+    def __call__(self, architecture: Architecture, /) -> float:
+        """The cost of one architecture."""
+
+
+Bound: TypeAlias = tuple[str, float]
+"""An operator and a number: ``("<=", 2e8)``."""
+
+_HOLDS: dict[str, Callable[[float, float], bool]] = {
+    "<=": operator.le,
+    "<": operator.lt,
+    ">=": operator.ge,
+    ">": operator.gt,
+}
+
+
+@dataclass(frozen=True)
+class _Directed:
+    """A quantity with a direction.
+
+    Args:
+        quantity: a name among the values that ``evaluate`` returns, or a cost.
+        unit: of a named quantity, for tables and plots; a cost brings its own.
+
+    Raises:
+        TypeError: if the quantity is neither a name nor a callable with ``.name`` and ``.unit``.
+        ValueError: for an empty name, or a unit given beside a cost.
+    """
+
+    quantity: str | Cost
+    unit: str = ""
+
+    def __post_init__(self) -> None:
+        name = _name(self.quantity, type(self).__name__)
+        if not isinstance(self.quantity, str):
+            if self.unit and self.unit != self.quantity.unit:
+                raise ValueError(
+                    f"{type(self).__name__}: {name!r} is in {self.quantity.unit!r}, not {self.unit!r}. "
+                    "Leave the unit out, a cost brings its own."
+                )
+            object.__setattr__(self, "unit", self.quantity.unit)
+
+    @property
+    def name(self) -> str:
+        """The name of the quantity."""
+        return _name(self.quantity, type(self).__name__)
+
+    @property
+    def label(self) -> str:
+        """The name, with the unit in brackets where there is one."""
+        return f"{self.name} [{self.unit}]" if self.unit else self.name
+
+
+@dataclass(frozen=True)
+class Maximize(_Directed):
+    """An objective that is better when larger.
+
+    Example:
+        >>> Maximize("accuracy").name
+        'accuracy'
+    """
+
+    @property
+    def direction(self) -> Literal["maximize"]:
+        """``"maximize"``."""
+        return "maximize"
+
+
+@dataclass(frozen=True)
+class Minimize(_Directed):
+    """An objective that is better when smaller.
+
+    Example:
+        >>> Minimize("latency", unit="ms").label
+        'latency [ms]'
+    """
+
+    @property
+    def direction(self) -> Literal["minimize"]:
+        """``"minimize"``."""
+        return "minimize"
+
+
+Objective: TypeAlias = Maximize | Minimize
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A bound that a value must keep.
+
+    Args:
+        name: of the value.
+        operator: ``"<="``, ``"<"``, ``">="`` or ``">"``.
+        bound: a finite number.
+
+    Raises:
+        ValueError: for another operator, or a bound that is not finite.
+
+    Example:
+        >>> Limit("macs", "<=", 100).holds(120), Limit("macs", "<=", 100).excess(120)
+        (False, 20)
+    """
+
+    name: str
+    operator: str
+    bound: float
+
+    def __post_init__(self) -> None:
+        if self.operator not in _HOLDS:
+            raise ValueError(
+                f"Limit on {self.name!r}: the operator must be one of {', '.join(map(repr, _HOLDS))}, "
+                f"got {self.operator!r}."
+            )
+        if not math.isfinite(self.bound):
+            raise ValueError(
+                f"Limit on {self.name!r}: the bound must be a finite number, got {self.bound!r}."
+            )
+
+    @classmethod
+    def all_of(cls, bounds: Mapping[Any, Bound] | None, where: str) -> tuple[Limit, ...]:
+        """The limits written as a mapping of names or costs to ``(operator, bound)``.
+
+        Raises:
+            TypeError: for a key that is neither a name nor a cost.
+            ValueError: for a value that is not an operator and a number.
+        """
+        limits = []
+        for quantity, bound in (bounds or {}).items():  # keys: str or a cost; Mapping is invariant in its key
+            name = _name(quantity, where)
+            if not isinstance(bound, Sequence) or isinstance(bound, str) or len(bound) != 2:
+                raise ValueError(
+                    f"{where}: {name!r} needs an operator and a number, as ('<=', 2e8), got {bound!r}."
+                )
+            limits.append(cls(name, bound[0], float(bound[1])))
+        return tuple(limits)
+
+    def holds(self, value: float) -> bool:
+        """Whether the value keeps the bound."""
+        return _HOLDS[self.operator](value, self.bound)
+
+    def excess(self, value: float) -> float:
+        """By how much the value passes the bound; negative inside it."""
+        return value - self.bound if self.operator.startswith("<") else self.bound - value
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.operator} {self.bound:g}"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An architecture with its values: the costs known beforehand and what was measured."""
+
+    architecture: Architecture
+    values: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An architecture whose evaluation gave no usable value, and why."""
+
+    architecture: Architecture
+    reason: str
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Args:
+        space: that was searched.
+        objectives: in the order given to the search.
+        candidates: everything that was evaluated, in that order.
+        limits: the constraints of the search; a candidate that breaks one is never on the front.
+        failed: what was evaluated in vain.
+        duplicates: how many proposals were answered from the study, in this run.
+        rejected: how many proposals broke a constraint before evaluation, in this run.
+        reference: the candidate that plots star; by default the largest architecture, if it was evaluated.
+    """
+
+    space: SearchSpace
+    objectives: tuple[Objective, ...]
+    candidates: tuple[Candidate, ...]
+    limits: tuple[Limit, ...] = ()
+    failed: tuple[Failure, ...] = ()
+    duplicates: int = 0
+    rejected: int = 0
+    reference: Candidate | None = None
+
+    @cached_property
+    def front(self) -> tuple[Candidate, ...]:
+        """The non-dominated candidates that keep every constraint, by ascending cost.
+
+        *Cost* is the first objective that is a cost, else the first to be minimised, else the first.
+        Candidates with equal values are all kept.
+        """
+        feasible = self.feasible
+        best = [c for c, kept in zip(feasible, non_dominated(self._losses(feasible)), strict=True) if kept]
+        order = [self._axis, *(o for o in self.objectives if o is not self._axis)]
+        return tuple(sorted(best, key=lambda c: [_loss(o, c) for o in order]))
+
+    @property
+    def feasible(self) -> tuple[Candidate, ...]:
+        """The candidates that keep every constraint of the search."""
+        return tuple(c for c in self.candidates if keeps(self.limits, c))
+
+    def best(self, metric: str | Objective, where: Mapping[Any, Bound] | None = None) -> Candidate:
+        """The best candidate in one quantity, among those that keep bounds on others.
+
+        Args:
+            metric: the name of an objective; or ``Maximize(name)``, ``Minimize(name)`` for any value
+                measured.
+            where: name or cost to ``(operator, bound)``, as ``{"macs": ("<=", 2e8)}``.
+
+        Returns:
+            The best one that also keeps the constraints of the search; among equals the cheapest.
+
+        Raises:
+            ValueError: for an unknown name, or if no candidate satisfies ``where``; names the nearest value.
+        """
+        directions = {o.name: o for o in self.objectives}
+        if isinstance(metric, str):
+            if metric not in directions:
+                known = f"SearchResult.best: {metric!r} is not an objective. {nearest(metric, directions)}"
+                raise ValueError(
+                    f"{known} For another measured value say which way: Maximize(name), Minimize(name)."
+                )
+            metric = directions[metric]
+        limits = Limit.all_of(where, "SearchResult.best")
+        names = {name: None for c in self.candidates for name in c.values}
+        for name in (metric.name, *(limit.name for limit in limits)):
+            if names and name not in names:
+                raise ValueError(f"SearchResult.best: no value is named {name!r}. {nearest(name, names)}")
+        feasible = self.feasible
+        if not feasible:
+            missing = f", of {len(self.candidates)} none keeps {_and(self.limits)}" if self.candidates else ""
+            raise ValueError(f"SearchResult.best: the search has no candidate{missing}.")
+        kept = [c for c in feasible if keeps(limits, c)]
+        if not kept:
+            raise ValueError(
+                f"SearchResult.best: none of {len(feasible)} candidates has {_and(limits)}. "
+                f"Nearest: {_nearest_values(limits, feasible)}."
+            )
+        return min(kept, key=lambda c: (_loss(metric, c), _loss(self._axis, c)))
+
+    def hypervolume(self, reference: Mapping[str, float] | Sequence[float] | None = None) -> float:
+        """The volume that the front dominates, in the product of the objectives' units.
+
+        Args:
+            reference: the worst point of interest, in the objectives' own units: name to number, or numbers
+                in the order of the objectives. By default the worst value of each over all candidates, so
+                that it moves with the search: give one to compare searches.
+
+        Raises:
+            ValueError: if the reference does not name exactly the objectives.
+        """
+        if reference is None:
+            return (
+                hypervolume(losses := self._losses(self.feasible), losses.max(axis=0))
+                if self.feasible
+                else 0.0
+            )
+        names = [o.name for o in self.objectives]
+        if not isinstance(reference, Mapping):
+            if len(reference) != len(names):
+                raise ValueError(
+                    f"SearchResult.hypervolume: {len(names)} objectives ({', '.join(names)}) need a "
+                    f"reference of as many numbers, got {tuple(reference)}."
+                )
+            reference = dict(zip(names, reference, strict=True))
+        if set(reference) != set(names):
+            raise ValueError(
+                f"SearchResult.hypervolume: the reference must name {', '.join(map(repr, names))}, "
+                f"got {', '.join(map(repr, reference))}."
+            )
+        worst = np.array([_sign(o) * reference[o.name] for o in self.objectives])
+        return hypervolume(self._losses(self.front), worst)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row a candidate: its choices, its values, and whether it is on the front."""
+        import pandas as pd
+
+        front = {id(candidate) for candidate in self.front}
+        rows = [{**c.architecture, **c.values, "front": id(c) in front} for c in self.candidates]
+        columns = [*self.space.names, *dict.fromkeys(n for c in self.candidates for n in c.values), "front"]
+        return pd.DataFrame(rows, columns=columns)
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Draw all candidates, the front and the reference, one panel for each objective beside the cost.
+
+        With one objective: its values in the order of evaluation.
+
+        Args:
+            path: a file to write, of a kind that matplotlib knows (``"front.png"``).
+        """
+        from matplotlib.figure import Figure
+
+        across = self._axis
+        up = [o for o in self.objectives if o is not across]
+        figure = Figure(figsize=(1.0 + 5.0 * max(len(up), 1), 4.2), layout="constrained")
+        for axes, objective in zip(
+            figure.subplots(1, max(len(up), 1), squeeze=False)[0], up or [across], strict=True
+        ):
+
+            def points(
+                candidates: Iterable[Candidate], objective: Objective = objective
+            ) -> tuple[list[float], list[float]]:
+                shown = list(candidates)
+                order = {id(c): i + 1 for i, c in enumerate(self.candidates)}
+                x = [c.values[across.name] if up else float(order.get(id(c), 0)) for c in shown]
+                return x, [c.values[objective.name] for c in shown]
+
+            axes.plot(*points(self.candidates), "o", color="0.75", markersize=4, label="candidates")
+            style = "o-" if len(up) == 1 else "o"
+            axes.plot(*points(self.front), style, color="C0", markersize=5, label="front")
+            if self.reference is not None:
+                axes.plot(*points([self.reference]), "*", color="C3", markersize=14, label="reference")
+            axes.set_xlabel(across.label if up else "evaluation")
+            axes.set_ylabel(objective.label)
+            axes.grid(alpha=0.3)
+            axes.legend()
+        if path is not None:
+            figure.savefig(path, dpi=150)
+        return figure
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``candidates.csv``, ``result.json`` and ``front.png`` into a folder, made if need be."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.to_dataframe().to_csv(folder / "candidates.csv", index=False)
+        (folder / "result.json").write_text(json.dumps(self._to_dict(), indent=2) + "\n", encoding="utf-8")
+        self.plot(folder / "front.png")
+        return folder
+
+    def _to_dict(self) -> dict[str, Any]:
+        front = {id(candidate) for candidate in self.front}
+        return {
+            "objectives": [
+                {"name": o.name, "direction": o.direction, "unit": o.unit} for o in self.objectives
+            ],
+            "constraints": {limit.name: [limit.operator, limit.bound] for limit in self.limits},
+            "hypervolume": self.hypervolume(),
+            "candidates": [
+                {
+                    "architecture": dict(c.architecture),
+                    "values": {name: v if math.isfinite(v) else None for name, v in c.values.items()},
+                    "front": id(c) in front,
+                }
+                for c in self.candidates
+            ],
+            "failed": [{"architecture": dict(f.architecture), "reason": f.reason} for f in self.failed],
+            "space": json.loads(self.space.to_json()),
+        }
+
+    @property
+    def _axis(self) -> Objective:
+        costs = [o for o in self.objectives if not isinstance(o.quantity, str)]
+        return [*costs, *(o for o in self.objectives if isinstance(o, Minimize)), *self.objectives][0]
+
+    def _losses(self, candidates: Sequence[Candidate]) -> NDArray[np.float64]:
+        return losses(self.objectives, candidates)
+
+    def __repr__(self) -> str:
+        names = ", ".join(f"{o.direction} {o.name}" for o in self.objectives)
+        return f"<SearchResult: {names}; {len(self.candidates)} candidates, {len(self.front)} on the front>"
+
+
+def keeps(limits: Iterable[Limit], candidate: Candidate) -> bool:
+    """Whether a candidate keeps all limits; a value that it lacks keeps none."""
+    return all(limit.holds(candidate.values.get(limit.name, math.nan)) for limit in limits)
+
+
+def losses(objectives: Sequence[Objective], candidates: Sequence[Candidate]) -> NDArray[np.float64]:
+    """The objectives' values with the sign that makes smaller better, ``(candidates, objectives)``."""
+    rows = [[_loss(o, c) for o in objectives] for c in candidates]
+    return np.array(rows, dtype=np.float64).reshape(len(candidates), len(objectives))
+
+
+def non_dominated(losses: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which rows no other row dominates, all columns to be minimised.
+
+    A row dominates another when it is nowhere worse and somewhere better; equal rows are all kept.
+
+    Args:
+        losses: ``(n, objectives)``.
+
+    Returns:
+        ``(n,)``.
+    """
+    kept = np.ones(len(losses), dtype=np.bool_)
+    for i in np.argsort(
+        losses.sum(axis=1), kind="stable"
+    ):  # a row near the origin clears many others at once
+        if kept[i]:
+            kept &= ~((losses >= losses[i]).all(axis=1) & (losses > losses[i]).any(axis=1))
+    return kept
+
+
+def hypervolume(losses: NDArray[np.float64], reference: NDArray[np.float64]) -> float:
+    """The volume between a set of points and a reference that they dominate, all columns minimised.
+
+    Args:
+        losses: ``(n, objectives)``; points that are not better than the reference everywhere count nothing.
+        reference: ``(objectives,)``.
+
+    Reference:
+        Zitzler and Thiele 1998; computed by pymoo.
+    """
+    inside = losses[(losses < reference).all(axis=1)]
+    if not len(inside):
+        return 0.0
+    from pymoo.indicators.hv import HV
+
+    return float(HV(ref_point=reference)(inside))
+
+
+def _loss(objective: Objective, candidate: Candidate) -> float:
+    return _sign(objective) * candidate.values[objective.name]
+
+
+def _sign(objective: Objective) -> int:
+    return -1 if isinstance(objective, Maximize) else 1
+
+
+def _name(quantity: str | Cost, where: str) -> str:
+    name = quantity if isinstance(quantity, str) else getattr(quantity, "name", None)
+    if not isinstance(name, str) or not isinstance(quantity, str | Cost):
+        raise TypeError(
+            f"{where}: expected the name of a value or a cost (a callable with .name and .unit), "
+            f"got {quantity!r}."
+        )
+    if not name:
+        raise ValueError(f"{where}: a name is needed, got an empty one.")
+    return name
+
+
+def _and(limits: Sequence[Limit]) -> str:
+    return " and ".join(map(str, limits))
+
+
+def _nearest_values(limits: Sequence[Limit], candidates: Sequence[Candidate]) -> str:
+    parts = []
+    for limit in limits:
+        found = [c.values[limit.name] for c in candidates if limit.name in c.values]
+        parts.append(
+            f"{limit.name} = {min(found, key=limit.excess):g}" if found else f"{limit.name} unmeasured"
+        )
+    return ", ".join(parts)

@@ -1,0 +1,419 @@
+"""A network as a folder: safetensors for its weights, JSON for its shape, never a pickle.
+
+What a kind of network needs to be described and rebuilt stands in its family's own file
+(``supernet/families/_<library>_<family>_saving.py``), found by name and imported when first needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pkgutil
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lightning_nas.errors import SavedFolderError, UnsupportedError
+from lightning_nas.registry import Registry
+
+__all__ = ["SavedFamily", "load", "save", "saved_families"]
+
+FORMAT, FORMAT_VERSION = "lightning-nas network", 1
+WEIGHTS, DESCRIPTION, SOURCE = "model.safetensors", "network.json", "network.py"
+_BEING_WRITTEN = ".saving-"
+_WITH_TIMM = (
+    "model = timm.create_model(timm['name'], **timm['kwargs']); "
+    "model.load_state_dict(safetensors.torch.load_file('model.safetensors')); model.eval()"
+)
+_WITH_SOURCE = "from network import load; model = load()  # needs timm, torch and safetensors"
+
+
+@dataclass(frozen=True)
+class SavedFamily:
+    """How one kind of network becomes plain data, and a network again.
+
+    Args:
+        networks: which ones, in words, for messages.
+        supports: whether a module is one of them.
+        describe: the module as data that JSON can write; its key ``"timm"`` holds the
+            ``timm.create_model`` call that builds it, or None where no such call exists. Raises
+            :class:`UnsupportedError` for what :attr:`build` could not restore.
+        build: the module from that data. It is called under ``torch.device("meta")``: weights come later.
+        source: a Python file that builds and loads the network without this package, from the data and
+            from the shared parameters (name of a copy: name of the stored tensor).
+    """
+
+    networks: str
+    supports: Callable[[nn.Module], bool]
+    describe: Callable[[nn.Module], dict[str, Any]]
+    build: Callable[[Mapping[str, Any]], nn.Module]
+    source: Callable[[Mapping[str, Any], Mapping[str, str]], str]
+
+
+saved_families: Registry[SavedFamily] = Registry("family of saved networks")
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    architecture: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a plain network to a folder from which :func:`load`, or timm alone, rebuilds it exactly.
+
+    The folder gets ``model.safetensors``, ``network.json`` and, where no ``timm.create_model`` call can
+    express the network (fewer heads of the old size, MLP widths that differ), ``network.py``, which rebuilds
+    it with timm, torch and safetensors alone. A folder that an earlier call wrote is overwritten; other files
+    in it stay. Files are complete before they take the place of older ones, and the JSON, which holds a hash
+    of the weights, comes last: an interrupted call leaves the old network, or a folder that refuses to load.
+
+    Args:
+        model: a network of a supported family, for example from ``supernet.extract(architecture)``.
+        folder: is created; may exist if it is empty or was written by this function.
+        architecture: the point of the search space that the network is, to be kept with it.
+        metrics: measured values by name, finite numbers or strings, to be kept with it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UnsupportedError: if the network is still elastic, is of no supported family, or has something that
+            could not be rebuilt. Nothing was written.
+        SavedFolderError: if the folder holds something else. Nothing was written.
+        TypeError: if ``model`` is not a module, or a value to be kept with it not a number or string.
+        ValueError: if such a value is not finite.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"nas.save: model must be a torch.nn.Module, got {type(model).__name__}.")
+    model = getattr(model, "_orig_mod", model)  # what torch.compile was given
+    _refuse_elastic(model)
+    name, family = _family_of(model)
+    network = family.describe(model)
+    call = network.pop("timm")
+    weights, shared = _weights(model)
+    if shared:
+        call = None  # timm's constructor makes separate parameters
+    source = family.source(network, shared) if call is None else None
+    description: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "written_with": {
+            package: _version(package) for package in ("lightning-nas", "torch", "timm", "safetensors")
+        },
+        "family": name,
+        "network": network,
+        "rebuild": _WITH_TIMM if call else _WITH_SOURCE,
+        "timm": call,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "architecture": _plain("architecture", architecture),
+        "metrics": _plain("metrics", metrics),
+    }
+    folder = Path(folder)
+    _check_target(folder)
+    _write(folder, weights, shared, description, source)
+    return folder
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
+    """The network that :func:`save` wrote, in evaluation mode.
+
+    Reads JSON and safetensors; nothing is unpickled and no code of the folder runs.
+
+    Args:
+        folder: written by :func:`save`.
+        device: where the weights go.
+
+    Returns:
+        The plain network, weights in their saved types, equal to the saved one bit for bit.
+
+    Raises:
+        SavedFolderError: if the folder or a file of it is missing, damaged, or of a newer format.
+    """
+    folder = Path(folder)
+    description = _read_description(folder)
+    family = _family_named(str(description["family"]))
+    if family is None:
+        raise SavedFolderError(
+            f"nas.load: {folder / DESCRIPTION} names the family {description['family']!r}, which is unknown "
+            f"here; known are {', '.join(_known_families())}. Load it with the version that wrote it: "
+            f"{description.get('written_with')}."
+        )
+    _check_weights(folder, description["weights"])
+    try:
+        with torch.device("meta"):
+            model = family.build(description["network"])
+    except Exception as error:  # timm asserts, torch raises; whatever it is, the JSON asked for it
+        raise SavedFolderError(
+            f"nas.load: {folder / DESCRIPTION} describes a network that cannot be built "
+            f"({type(error).__name__}: {error}). It was written with {description.get('written_with')}; "
+            f"this is timm {_version('timm')}. Save the network again."
+        ) from error
+    try:
+        weights = load_file(folder / WEIGHTS, device=str(device))
+    except SafetensorError as error:
+        raise SavedFolderError(
+            f"nas.load: {folder / WEIGHTS} is damaged ({error}). Save the network again."
+        ) from error
+    shared = description["weights"].get("shared", {})
+    _check_tensors(folder / WEIGHTS, model, weights, shared)
+    # The file's own memory is not aligned as torch's is, and kernels round differently on it: the last bits.
+    weights = {name: tensor.clone() for name, tensor in weights.items()}
+    weights.update({name: weights[stored] for name, stored in shared.items()})
+    model.load_state_dict(weights, assign=True)
+    for name, stored in shared.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, model.get_parameter(stored))
+    return model.eval()
+
+
+# --- families
+
+
+def _saving_files() -> tuple[str, ...]:
+    package = import_module("lightning_nas.supernet.families")
+    return tuple(m.name for m in pkgutil.iter_modules(package.__path__) if m.name.endswith("_saving"))
+
+
+def _known_families() -> tuple[str, ...]:
+    files = (file.removeprefix("_").removesuffix("_saving") for file in _saving_files())
+    return tuple(sorted({*saved_families, *files}))
+
+
+def _family_named(name: str) -> SavedFamily | None:
+    file = f"_{name}_saving"
+    if name not in saved_families and file in _saving_files():
+        import_module(f"lightning_nas.supernet.families.{file}")
+    known = {registered: saved_families[registered] for registered in saved_families}
+    return known.get(name)
+
+
+def _family_of(model: nn.Module) -> tuple[str, SavedFamily]:
+    libraries = {ancestor.__module__.partition(".")[0] for ancestor in type(model).__mro__}
+    for name in _known_families():
+        if (
+            name in saved_families or name.partition("_")[0] in libraries
+        ):  # imports no library that is not in use
+            family = _family_named(name)
+            if family is not None and family.supports(model):
+                return name, family
+    families = {name: family for name in _known_families() if (family := _family_named(name)) is not None}
+    inside = [
+        path for path, child in model.named_modules() if any(f.supports(child) for f in families.values())
+    ]
+    hint = f" Its sub-module {inside[0]!r} is one: save that." if inside else ""
+    raise UnsupportedError(
+        f"nas.save: a {type(model).__module__}.{type(model).__qualname__} cannot be saved; supported are "
+        f"{'; '.join(family.networks for family in families.values())}.{hint}"
+    )
+
+
+def _refuse_elastic(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if any(ancestor.__module__.startswith("lightning_nas.supernet") for ancestor in type(module).__mro__):
+            raise UnsupportedError(
+                f"nas.save: the network is still elastic ({path or 'itself'} is a {type(module).__name__}). "
+                "Extract first, nas.save(supernet.extract(architecture), ...), or call supernet.release() to "
+                "save it whole."
+            )
+
+
+# --- writing
+
+
+def _weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors to store, and the parameters that are another name of a stored one."""
+    first: dict[int, str] = {}
+    shared: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            shared[name] = first[id(parameter)]
+    state = model.state_dict()
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if name not in state:
+            raise UnsupportedError(
+                f"nas.save: the buffer {name!r} (shape {tuple(buffer.shape)}) is not persistent, so no file "
+                "would hold it. Register it with persistent=True."
+            )
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor) or tensor.is_meta:
+            raise UnsupportedError(
+                f"nas.save: {name!r} holds no values (meta device, or not a tensor). Load weights first."
+            )
+    # A clone owns its memory: safetensors refuses tensors that are views of a common one.
+    return {k: v.detach().cpu().clone().contiguous() for k, v in state.items() if k not in shared}, shared
+
+
+def _write(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    shared: Mapping[str, str],
+    description: Mapping[str, Any],
+    source: str | None,
+) -> None:
+    """Each file complete before it takes its place, the description, which vouches for the rest, last."""
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f"{_BEING_WRITTEN}{uuid.uuid4().hex}"
+    try:
+        unfinished.mkdir()
+        save_file(dict(weights), unfinished / WEIGHTS, metadata={"format": "pt"})
+        vouched = {
+            "file": WEIGHTS,
+            "sha256": _sha256(unfinished / WEIGHTS),
+            "size_bytes": (unfinished / WEIGHTS).stat().st_size,
+            "shared": shared,
+        }
+        text = json.dumps({**description, "weights": vouched}, indent=2) + "\n"
+        (unfinished / DESCRIPTION).write_text(text, encoding="utf-8")
+        if source:
+            (unfinished / SOURCE).write_text(source, encoding="utf-8")
+        os.replace(unfinished / WEIGHTS, folder / WEIGHTS)
+        if source:
+            os.replace(unfinished / SOURCE, folder / SOURCE)
+        else:
+            (folder / SOURCE).unlink(missing_ok=True)
+        os.replace(unfinished / DESCRIPTION, folder / DESCRIPTION)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if created and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _check_target(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise SavedFolderError(f"nas.save: {folder} is a file; a folder is needed. Choose another name.")
+    if not folder.exists() or _is_ours(folder):
+        return
+    strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith(_BEING_WRITTEN))
+    if strangers:
+        raise SavedFolderError(
+            f"nas.save: {folder} is not empty ({', '.join(strangers[:3])}{', ...' if strangers[3:] else ''}) "
+            "and was not written by nas.save. Choose a new folder; nothing was written."
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(description, dict) and description.get("format") == FORMAT
+
+
+def _plain(argument: str, values: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The values as JSON holds them; numbers of numpy and torch become Python's."""
+    if values is None:
+        return None
+    plain = {name: value.item() if hasattr(value, "item") else value for name, value in values.items()}
+    for name, value in plain.items():
+        if not isinstance(value, bool | int | float | str):
+            raise TypeError(
+                f"nas.save: {argument}[{name!r}] must be a number or a string, got {type(value).__name__}."
+            )
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(
+                f"nas.save: {argument}[{name!r}] is {value}, which JSON cannot hold. Leave it out."
+            )
+    return plain
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+# --- reading
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / DESCRIPTION
+    if not folder.is_dir():
+        raise SavedFolderError(f"nas.load: there is no folder {folder}. Give the folder that nas.save wrote.")
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SavedFolderError(
+            f"nas.load: {folder} has no {DESCRIPTION}, so it is not a saved network or its saving was "
+            "interrupted. Save the network again."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise SavedFolderError(
+            f"nas.load: {path} is not readable JSON ({error}). Save the network again."
+        ) from error
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise SavedFolderError(
+            f'nas.load: {path} lacks "format": "{FORMAT}"; it was not written by nas.save.'
+        )
+    version = description.get("format_version")
+    if version != FORMAT_VERSION:
+        raise SavedFolderError(
+            f"nas.load: {path} has format version {version!r}, this lightning-nas reads {FORMAT_VERSION}. "
+            f"Load it with the version that wrote it ({description.get('written_with')}), or a newer one."
+        )
+    for key, kind in (("family", str), ("network", dict), ("weights", dict)):
+        if not isinstance(description.get(key), kind):
+            raise SavedFolderError(
+                f"nas.load: {path} lacks {key!r} or it is damaged. Save the network again."
+            )
+    return description
+
+
+def _check_weights(folder: Path, expected: Mapping[str, Any]) -> None:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise SavedFolderError(
+            f"nas.load: {folder} has no {WEIGHTS}. Copy it there, or save the network again."
+        )
+    if path.stat().st_size != expected.get("size_bytes"):
+        raise SavedFolderError(
+            f"nas.load: {path} has {path.stat().st_size} bytes, {DESCRIPTION} expects "
+            f"{expected.get('size_bytes')}: it was truncated or replaced. Copy it again, or save the network "
+            "again."
+        )
+    if _sha256(path) != expected.get("sha256"):
+        raise SavedFolderError(
+            f"nas.load: the SHA-256 of {path} is not the one in {DESCRIPTION}: it was altered, or belongs to "
+            "another network. Copy both files again, or save the network again."
+        )
+
+
+def _check_tensors(
+    path: Path, model: nn.Module, weights: Mapping[str, Tensor], shared: Mapping[str, str]
+) -> None:
+    needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name not in shared}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    faults = [f"{name} is missing" for name in needed if name not in found]
+    faults += [f"{name} is not part of the network" for name in found if name not in needed]
+    faults += [
+        f"{n} is {found[n]}, expected {needed[n]}" for n in needed if n in found and found[n] != needed[n]
+    ]
+    faults += [
+        f"{name} shares {stored}, which is missing" for name, stored in shared.items() if stored not in found
+    ]
+    if faults:
+        raise SavedFolderError(
+            f"nas.load: {path} does not fit {DESCRIPTION}: {'; '.join(faults[:3])}"
+            f"{f' and {len(faults) - 3} more' if faults[3:] else ''}. Save the network again."
+        )

@@ -1,0 +1,7 @@
+"""How to choose the next architectures to evaluate, one file each; all are Optuna samplers underneath."""
+
+from lightning_nas.strategies._strategy import Strategy, seeds, strategies
+from lightning_nas.strategies.nsga2 import NSGA2
+from lightning_nas.strategies.random import Random
+
+__all__ = ["NSGA2", "Random", "Strategy", "seeds", "strategies"]

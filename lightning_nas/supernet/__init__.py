@@ -1,0 +1,23 @@
+"""Networks in place together with their search spaces."""
+
+from lightning_nas.supernet.anatomy import Anatomy, Family, Group, Operation, Part, Segment
+from lightning_nas.supernet.families import families, family_of, supported_networks, supports
+from lightning_nas.supernet.ordering import Permutation, permute_like
+from lightning_nas.supernet.supernet import Supernet, default_space
+
+__all__ = [
+    "Anatomy",
+    "Family",
+    "Group",
+    "Operation",
+    "Part",
+    "Permutation",
+    "Segment",
+    "Supernet",
+    "default_space",
+    "families",
+    "family_of",
+    "permute_like",
+    "supported_networks",
+    "supports",
+]

@@ -1,0 +1,209 @@
+"""Elastic layers: the class of a layer is swapped for a subclass that runs on slices of the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nas.supernet.anatomy import Axis, Sizes
+
+__all__ = [
+    "Cut",
+    "Elastic",
+    "State",
+    "cut_of",
+    "make_masked",
+    "make_plain",
+    "make_sliced",
+    "mask_of",
+    "state_of",
+    "take",
+]
+
+DimCut: TypeAlias = "int | tuple[int, int] | tuple[tuple[int, int], ...] | None"
+Cut: TypeAlias = "tuple[DimCut, ...] | None"
+"""For each dimension: None, all of it; k, the first k; (p, k), the first k of each of p equal pieces; or
+(start, length) pairs. None for all of the parameter."""
+
+
+def cut_of(axes: tuple[Axis, ...], sizes: Sizes) -> Cut:
+    """What of a parameter the sizes leave; None if all of it."""
+    dims = tuple(_dim_cut(axis, sizes) for axis in axes)
+    return None if all(dim is None for dim in dims) else dims
+
+
+def _dim_cut(axis: Axis, sizes: Sizes) -> DimCut:
+    if len(axis) == 1:
+        segment = axis[0]
+        used = segment.used(sizes)
+        return None if used == segment.units * segment.size else int(used)
+    if all(segment.group is None or sizes[segment.group] == segment.units for segment in axis):
+        return None
+    if axis.count(axis[0]) == len(axis):
+        return len(axis), int(axis[0].used(sizes))
+    runs, start = [], 0
+    for segment in axis:
+        runs.append((start, int(segment.used(sizes))))
+        start += segment.units * segment.size
+    return tuple(runs)
+
+
+def mask_of(axis: Axis, sizes: Sizes) -> Tensor:
+    """The entries in use along one dimension, as a mask of its full length."""
+    pieces = []
+    for segment in axis:
+        piece = torch.zeros(segment.units * segment.size, dtype=torch.bool)
+        piece[: segment.used(sizes)] = True
+        pieces.append(piece)
+    return torch.cat(pieces)
+
+
+def take(parameter: Tensor, cut: Cut) -> Tensor:
+    """The part of a parameter that is in use: a view, or one copy where the part is scattered."""
+    scattered = []
+    for dim, kept in enumerate(cut or ()):
+        if isinstance(kept, int):
+            parameter = parameter.narrow(dim, 0, kept)
+        elif kept is not None:
+            scattered.append((dim, kept))
+    for dim, kept in scattered:  # after the views, so that as little as possible is copied
+        if isinstance(kept[0], int):
+            parameter = (
+                parameter.unflatten(dim, (kept[0], -1)).narrow(dim + 1, 0, kept[1]).flatten(dim, dim + 1)
+            )
+        else:
+            parameter = torch.cat([parameter.narrow(dim, start, length) for start, length in kept], dim)
+    return parameter
+
+
+class Elastic:
+    """Marks a module of a supernet; what is kept on it is in ``_elastic``."""
+
+
+class State:
+    """What an elastic module is restricted to, and what it was.
+
+    Args:
+        original: the class that the module had.
+        attributes: the plain attributes that follow the architecture, as they were.
+    """
+
+    def __init__(self, original: type[nn.Module], attributes: dict[str, Any]) -> None:
+        self.original, self.attributes = original, attributes
+        self.cuts: dict[str, Cut] = {}  # by slicing: what is left of each parameter
+        self.is_dropped = False  # by slicing: whether a block returns its input
+        self.mask: Tensor | None = (
+            None  # by masking: entries of a layer's input in use, or whether a block runs
+        )
+
+
+def make_sliced(
+    module: nn.Module, parameters: tuple[str, ...], attributes: tuple[str, ...], is_block: bool
+) -> None:
+    """Swap a module's class for one that reads slices of parameters, and returns its input when dropped."""
+    original: Any = type(module)
+    state = State(original, {name: getattr(module, name) for name in attributes})
+    _become(module, _sliced(original, parameters, is_block), state)
+
+
+def make_masked(module: nn.Module, is_block: bool) -> None:
+    """Swap a module's class for one that masks the input of a layer, or the change that a block makes."""
+    original: Any = type(module)
+    _become(module, _masked(original, is_block), State(original, {}))
+
+
+def make_plain(module: nn.Module) -> None:
+    """Give an elastic module its own class and attributes back."""
+    if isinstance(module, Elastic):
+        state = state_of(module)
+        _become(module, state.original, None)
+        for name, value in state.attributes.items():
+            setattr(module, name, value)
+
+
+def state_of(module: Any) -> State:
+    """What is kept on an elastic module."""
+    state: State = module._elastic
+    return state
+
+
+def _become(module: Any, cls: type[nn.Module], state: State | None) -> None:
+    module.__class__ = cls
+    if state is None:
+        del module._elastic
+    else:
+        module._elastic = state
+
+
+@cache
+def _sliced(original: Any, parameters: tuple[str, ...], is_block: bool) -> type[nn.Module]:
+    # Properties, so that the layer's own forward runs: whatever it computes, it computes with the slices.
+    members: dict[str, Any] = {name: property(_reader(name)) for name in parameters}
+    if is_block:
+
+        def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return x if self._elastic.is_dropped else original.forward(self, x, *args, **kwargs)
+
+        members["forward"] = forward
+    return _subclass(original, members)
+
+
+def _reader(name: str) -> Callable[[Any], Tensor | None]:
+    def read(self: Any) -> Tensor | None:
+        parameter = self._parameters[name]
+        cut = self._elastic.cuts.get(name)
+        return parameter if cut is None or parameter is None else take(parameter, cut)
+
+    return read
+
+
+@cache
+def _masked(original: Any, is_block: bool) -> type[nn.Module]:
+    is_centred = issubclass(original, nn.LayerNorm)
+
+    def block(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return torch.where(_mask(self, x), original.forward(self, x, *args, **kwargs), x)
+
+    def linear(self: Any, x: Tensor) -> Any:
+        return original.forward(self, torch.where(_mask(self, x), x, 0.0))
+
+    def norm(self: Any, x: Tensor) -> Any:
+        mask = _mask(
+            self, x
+        )  # both are computed: one graph, and the same bits where the whole width is in use
+        return torch.where(mask.all(), original.forward(self, x), _masked_norm(self, x, mask, is_centred))
+
+    return _subclass(
+        original, {"forward": block if is_block else linear if issubclass(original, nn.Linear) else norm}
+    )
+
+
+def _mask(module: Any, x: Tensor) -> Tensor:
+    state = module._elastic
+    if state.mask.device != x.device:
+        state.mask = state.mask.to(x.device)
+    mask: Tensor = state.mask
+    return mask
+
+
+def _masked_norm(norm: Any, x: Tensor, mask: Tensor, is_centred: bool) -> Tensor:
+    """Layer or RMS norm over the entries in use; the others become zero."""
+    used = torch.where(mask, x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, 0.0)
+    count = mask.sum()
+    if is_centred:
+        used = torch.where(mask, used - used.sum(-1, keepdim=True) / count, 0.0)
+    used = used * torch.rsqrt(used.square().sum(-1, keepdim=True) / count + norm.eps)
+    if norm.weight is not None:
+        used = used * norm.weight
+    if getattr(norm, "bias", None) is not None:
+        used = torch.where(mask, used + norm.bias, 0.0)
+    return used.to(x.dtype)
+
+
+def _subclass(original: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
+    described = {"__doc__": original.__doc__, "__module__": original.__module__, **members}
+    return type(f"Elastic{original.__name__}", (Elastic, original), described)

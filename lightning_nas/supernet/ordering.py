@@ -1,0 +1,158 @@
+"""Which units matter most, and how they are moved to the front without changing what the network computes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nas.supernet.anatomy import Anatomy, Axis, Group
+
+__all__ = ["Permutation", "magnitude_scores", "permute_like", "reorder", "taylor_scores", "ways_out"]
+
+
+@dataclass(frozen=True, eq=False)
+class Permutation:
+    """A reordering of one dimension of a parameter: the entry at ``index[i]`` moves to ``i``."""
+
+    dim: int
+    index: Tensor
+
+
+def permute_like(tensor: Tensor, permutations: Sequence[Permutation]) -> None:
+    """Apply in place what was done to a parameter to a tensor of its shape: a moment, an averaged copy.
+
+    Raises:
+        ValueError: if the tensor's shape is not the parameter's.
+    """
+    for permutation in permutations:
+        dim, index = permutation.dim, permutation.index
+        if tensor.ndim <= dim or tensor.shape[dim] != len(index):
+            raise ValueError(
+                f"permute_like: dimension {dim} must have {len(index)} entries as the parameter has, "
+                f"got a tensor of shape {tuple(tensor.shape)}."
+            )
+    with torch.no_grad():
+        for permutation in permutations:
+            index = permutation.index.to(tensor.device)
+            tensor.copy_(tensor.index_select(permutation.dim, index))
+
+
+def taylor_scores(anatomy: Anatomy, model: nn.Module) -> dict[str, Tensor]:
+    r"""First-order importance of every unit, read from the gradients that the weights hold.
+
+    :math:`|\sum W \, \partial L / \partial W|` over the columns through which a unit's contribution leaves.
+
+    Raises:
+        ValueError: if one of these weights has no gradient.
+
+    Reference: Molchanov et al., CVPR 2019, equation 8, with the sum over a group of weights.
+    """
+    scores = {}
+    for group in _ordered(anatomy):
+        name, weight = _way_out(model, group)
+        if weight.grad is None:
+            raise ValueError(
+                f"importance: {name} has no gradient. Call backward() on a loss of the largest network first."
+            )
+        with torch.no_grad():
+            scores[group.name] = _by_unit(anatomy, group, weight * weight.grad).sum(1).abs()
+    return scores
+
+
+def magnitude_scores(anatomy: Anatomy, model: nn.Module) -> dict[str, Tensor]:
+    r"""Importance of every unit without data: :math:`\sum |W|` over the columns through which it leaves."""
+    with torch.no_grad():
+        return {
+            group.name: _by_unit(anatomy, group, _way_out(model, group)[1].abs()).sum(1)
+            for group in _ordered(anatomy)
+        }
+
+
+def reorder(
+    anatomy: Anatomy, model: nn.Module, scores: Mapping[str, Tensor]
+) -> dict[nn.Parameter, list[Permutation]]:
+    """Move the units with the highest scores to the front, in place, with the gradients in flight.
+
+    Equal scores keep their order. See :meth:`Supernet.reorder`.
+    """
+    orders = {}
+    known = {group.name: group for group in _ordered(anatomy)}
+    for name, score in scores.items():
+        if name not in known:
+            raise ValueError(f"reorder: no group {name!r} to order. Known: {', '.join(known)}.")
+        if score.shape != (known[name].units,) or not bool(torch.isfinite(score).all()):
+            raise ValueError(
+                f"reorder: {name!r} needs {known[name].units} finite scores, got a tensor of shape "
+                f"{tuple(score.shape)} with {int((~torch.isfinite(score)).sum())} that are not finite."
+            )
+        order = torch.argsort(score, descending=True, stable=True)
+        if not torch.equal(order, torch.arange(len(order), device=order.device)):
+            orders[name] = order.cpu()
+    done: dict[nn.Parameter, list[Permutation]] = {}
+    for part in anatomy.parts:
+        owner = model.get_submodule(part.module)
+        for name, axes in part.axes.items():
+            parameter = owner._parameters[name]
+            if parameter is None or parameter in done:
+                continue
+            moves = [
+                Permutation(dim, _index(axis, orders))
+                for dim, axis in enumerate(axes)
+                if _moves(axis, orders)
+            ]
+            if moves:
+                permute_like(parameter, moves)
+                if parameter.grad is not None:
+                    permute_like(parameter.grad, moves)
+                done[parameter] = moves
+    return done
+
+
+def ways_out(anatomy: Anatomy, model: nn.Module) -> list[nn.Parameter]:
+    """The weights whose gradients :func:`taylor_scores` reads."""
+    return list(
+        {id(weight): weight for weight in (_way_out(model, g)[1] for g in _ordered(anatomy))}.values()
+    )
+
+
+def _ordered(anatomy: Anatomy) -> list[Group]:
+    return [group for group in anatomy.groups.values() if group.way_out is not None]
+
+
+def _way_out(model: nn.Module, group: Group) -> tuple[str, nn.Parameter]:
+    module, name = group.way_out or ("", "")
+    parameter = model.get_submodule(module)._parameters[name]
+    assert parameter is not None
+    return f"{module}.{name}", parameter
+
+
+def _by_unit(anatomy: Anatomy, group: Group, values: Tensor) -> Tensor:
+    """The columns of a way out, ``(units, rows times columns of a unit)``."""
+    module, name = group.way_out or ("", "")
+    axis = next(part for part in anatomy.parts if part.module == module).axes[name][1]
+    start = 0
+    for segment in axis:
+        length = segment.units * segment.size
+        if segment.group == group.name:
+            columns = values[:, start : start + length]
+            by_unit: Tensor = columns.reshape(len(values), segment.units, segment.size).transpose(0, 1)
+            return by_unit.flatten(1)
+        start += length
+    raise KeyError(group.name)
+
+
+def _moves(axis: Axis, orders: Mapping[str, Tensor]) -> bool:
+    return any(segment.group in orders for segment in axis)
+
+
+def _index(axis: Axis, orders: Mapping[str, Tensor]) -> Tensor:
+    pieces, start = [], 0
+    for segment in axis:
+        entries = torch.arange(start, start + segment.units * segment.size).view(segment.units, segment.size)
+        order = orders.get(segment.group or "")
+        pieces.append((entries if order is None else entries[order]).flatten())
+        start += segment.units * segment.size
+    return torch.cat(pieces)

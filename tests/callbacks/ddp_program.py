@@ -1,0 +1,62 @@
+"""Run by test_ddp.py: training runs on two processes, each writing what it ends with."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytorch_lightning as pl
+import torch
+from lightning_nas.callbacks import InstaTune, SupernetTraining
+from torch.utils.data import DataLoader, DistributedSampler
+
+from tests import user_modules as users
+
+RUNS = {  # name -> students_learn_from, micro-batches a step
+    "teacher": ("teacher", 1),
+    "both": ("both", 2),
+    "search": ("both", 1),
+}
+
+
+class Halves(pl.LightningDataModule):
+    """Each process takes every second image, in order: both their batches k are batch k of one process."""
+
+    def train_dataloader(self):
+        data = users.images(24)
+        sampler = DistributedSampler(data, self.trainer.world_size, self.trainer.global_rank, shuffle=False)
+        return DataLoader(data, batch_size=8 // self.trainer.world_size, sampler=sampler)
+
+    def val_dataloader(self):
+        return DataLoader(users.images(24, 1), batch_size=4)
+
+
+def run(name: str, folder: Path, **trainer) -> pl.Trainer:
+    learn, accumulate = RUNS[name]
+    settings = {"warmup": 2, "students_learn_from": learn, "validate": ()}
+    if name == "search":
+        callback = InstaTune(budget=4, folder=folder / "found", **settings)
+    else:
+        callback = SupernetTraining(**settings)
+    trainer = pl.Trainer(
+        accelerator="cpu", max_epochs=2, precision="64-true", callbacks=[callback],
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=0.5, use_distributed_sampler=False, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, **trainer,
+    )  # fmt: skip
+    trainer.fit(users.PlainClassifier(), Halves())
+    return trainer
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    for name in RUNS:
+        trainer = run(name, folder, strategy="ddp", devices=2)
+        torch.save(trainer.lightning_module.state_dict(), folder / f"{name}{trainer.global_rank}.pt")
+        if name == "search":
+            front = trainer.callbacks[0].result.front
+            rows = [[dict(c.architecture), c.values["macs"], c.values["val_acc"]] for c in front]
+            (folder / f"front{trainer.global_rank}.json").write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
