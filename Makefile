@@ -20,18 +20,20 @@ demo: $(VENV)/.installed
 	OMP_NUM_THREADS=2 $(RUN) -m lightning_nas.recipes.demo_vit
 
 test: lint types doors
-	$(RUN) -m pytest -q -rfE --durations=15
+	$(RUN) -m pytest -q -rfE --durations=15 -n 2 --dist worksteal
 
 lint: $(VENV)/.installed
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
-# mypy sees lightning_nas.callbacks, which lies in callbacks/, only in a real install; so do the built files.
+# lightning_nas.callbacks lies in callbacks/: only a real install shows it to mypy and import-linter. The built
+# wheel is one, and so it is what is checked.
 types: $(VENV)/.wheel
-	cd $(VENV) && bin/python -m mypy --config-file ../pyproject.toml --python-executable wheel/bin/python -p lightning_nas
+	cd $(VENV) && wheel/bin/python -m mypy --config-file ../pyproject.toml -p lightning_nas
 
-doors: $(VENV)/.installed
-	$(VENV)/bin/lint-imports
+doors: $(VENV)/.wheel
+	cd $(VENV) && wheel/bin/python -c "from importlinter.cli import lint_imports_command as run; run()" \
+		--config ../pyproject.toml
 
 wheel: $(VENV)/.wheel
 

@@ -1,8 +1,8 @@
 """What a sandwich step costs against standalone steps of the same architectures: time and peak memory.
 
-Five training runs take turns, one step each a round: the plain run of the largest network, a standalone run of
-each of two students, the sandwich of the three, and the largest alone under the callback. Ratios are of medians.
-Peak memory is the growth of the process's resident set over its training, of one process each.
+Five training runs take turns, one step each a round: the plain run of the largest network, a standalone run
+of each of two students, the sandwich of the three, and the largest alone under the callback. Ratios are of
+medians. Peak memory is the growth of the process's resident set over its training, of one process each.
 """
 
 from __future__ import annotations

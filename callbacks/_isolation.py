@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from pytorch_lightning import LightningModule
+from pytorch_lightning.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -55,28 +56,32 @@ def same_random_state(device: torch.device) -> Iterator[RandomState]:
 
 @contextmanager
 def muted(module: LightningModule) -> Iterator[None]:
-    """``self.log`` and ``self.log_dict`` do nothing meanwhile."""
+    """``self.log``, ``self.log_dict`` and the loggers do nothing meanwhile."""
 
     def ignore(*args: Any, **kwargs: Any) -> None:
         return None
 
+    trainer = module.trainer
+    loggers = trainer.loggers
+    trainer.loggers = [DummyLogger() for _ in loggers]
     module.log = ignore  # type: ignore[method-assign]  # found before the method of the class
     module.log_dict = ignore  # type: ignore[method-assign]
     try:
         yield
     finally:
         del module.__dict__["log"], module.__dict__["log_dict"]
+        trainer.loggers = loggers
 
 
 @contextmanager
-def undisturbed(module: LightningModule) -> Iterator[None]:
+def undisturbed(module: LightningModule, moving: Iterable[nn.Parameter] = ()) -> Iterator[None]:
     """Afterwards metrics, buffers and the module's own plain attributes are as they were.
 
     Kept: the state of every torchmetrics metric, the values of all buffers (batch-norm statistics, queues),
     and the attributes of the LightningModule itself: rebound ones, and lists, dicts, sets and deques that
-    were filled in place.
+    were filled in place. ``moving`` names parameters whose values are kept besides.
     """
-    undo = [_keep_attributes(module)]
+    undo = [_keep_attributes(module), *(_keep_value(parameter) for parameter in moving)]
     for child in module.modules():
         if isinstance(child, Metric):
             undo.append(_keep_metric(child))
@@ -87,6 +92,16 @@ def undisturbed(module: LightningModule) -> Iterator[None]:
     finally:
         for restore in reversed(undo):
             restore()
+
+
+def _keep_value(parameter: nn.Parameter) -> Callable[[], None]:
+    tensor, value = parameter.data, parameter.detach().clone()
+
+    def restore() -> None:
+        parameter.data = tensor
+        tensor.copy_(value)
+
+    return restore
 
 
 def _keep_metric(metric: Metric) -> Callable[[], None]:

@@ -10,12 +10,25 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from pytorch_lightning import LightningModule, Trainer
+from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import RichProgressBar, WeightAveraging
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.trainer.states import TrainerFn
 
-__all__ = ["accumulates", "can_validate", "has_static_graph", "run_validation", "takes_batch_idx"]
+__all__ = [
+    "accumulates",
+    "callbacks_of",
+    "can_validate",
+    "has_static_graph",
+    "run_validation",
+    "takes_batch_idx",
+]
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The Trainer's callbacks; the attribute exists, but Lightning declares it nowhere."""
+    found: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return found
 
 
 def accumulates(trainer: Trainer) -> bool:
@@ -55,7 +68,7 @@ def run_validation(trainer: Trainer) -> dict[str, float]:
     connector = trainer._logger_connector
     with ExitStack() as undo:
         # The bar stays in the list, since a thread of its own looks for it there.
-        kept = [c for c in trainer.callbacks if isinstance(c, WeightAveraging | RichProgressBar)]
+        kept = [c for c in callbacks_of(trainer) if isinstance(c, WeightAveraging | RichProgressBar)]
         for bar in kept:
             if isinstance(bar, RichProgressBar) and bar.is_enabled:
                 bar.disable()
@@ -63,7 +76,10 @@ def run_validation(trainer: Trainer) -> dict[str, float]:
         _restore(undo, trainer, "callbacks", kept)
         _restore(undo, trainer, "loggers", [DummyLogger() for _ in trainer.loggers])
         _restore(undo, trainer.state, "stage", trainer.state.stage)
-        _restore(undo, trainer, "_last_val_time", getattr(trainer, "_last_val_time", 0.0))
+        if hasattr(trainer, "_last_val_time"):  # a Trainer that has never validated lacks it
+            _restore(undo, trainer, "_last_val_time", trainer._last_val_time)
+        for module in trainer.lightning_module.modules():  # a validation_step that raises leaves them in eval
+            undo.callback(setattr, module, "training", module.training)
         _restore(undo, loop, "verbose", False)
         _restore(undo, loop, "batch_progress", deepcopy(loop.batch_progress))
         _restore(undo, loop, "_restart_stage", loop._restart_stage)

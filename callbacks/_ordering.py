@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from lightning_nas.callbacks._lightning import callbacks_of
+from lightning_nas.callbacks._networks import copies_of
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
-from lightning_nas.callbacks._networks import copies_of
 from lightning_nas.errors import UnsupportedError
-from lightning_nas.supernet import Permutation, Supernet, permute_like
+from lightning_nas.supernet import Supernet, permute_like
 
 __all__ = ["put_in_order", "unsortable"]
 
@@ -19,7 +20,7 @@ _REMEDY = "order at the start (warmup=0) or not at all (order=None)"
 
 
 def unsortable(trainer: Trainer) -> str | None:
-    """Why weights cannot be reordered once the optimizer has taken a step, and what to do; None if they can."""
+    """Why weights cannot be reordered once an optimizer has taken a step, and what to do; else None."""
     names = {base.__name__ for optimizer in trainer.optimizers for base in type(optimizer).__mro__}
     found = sorted(names.intersection(_OTHER_SHAPES))
     if "FSDP" in type(trainer.strategy).__name__:
@@ -27,59 +28,62 @@ def unsortable(trainer: Trainer) -> str | None:
     if not found:
         return None
     return (
-        f"{', '.join(found)} keeps state that is not shaped like its parameters, so heads and units cannot be "
-        f"reordered in the middle of the run; {_REMEDY}"
+        f"{', '.join(found)} keeps state that is not shaped like its parameters, so heads and units cannot "
+        f"be reordered in the middle of the run; {_REMEDY}"
     )
 
 
 def put_in_order(
-    supernet: Supernet, scores: Mapping[str, Tensor], trainer: Trainer, pl_module: LightningModule
+    supernet: Supernet,
+    scores: Mapping[str, Tensor],
+    trainer: Trainer,
+    pl_module: LightningModule,
+    *,
+    at_end: bool = False,
 ) -> None:
     """Move the units with the highest scores to the front; no output changes, nor any later step.
 
-    With each weight move its gradient, what the optimizers remember of it, and the same weight of every copy of
-    the network in the module and the callbacks (EMA, SWA).
+    With each weight move its gradient, what the optimizers remember of it, and the same weight of every copy
+    of the network in the module and the callbacks (EMA, SWA). ``at_end``: no step follows, so what an
+    optimizer remembers in another shape may stay.
 
     Raises:
         UnsupportedError: if an optimizer remembers something of another shape; nothing has changed then.
     """
+    copies = copies_of(supernet.model, pl_module, callbacks_of(trainer))
+    twins = [dict(copy.named_parameters()) for copy in copies]
     names = {parameter: name for name, parameter in supernet.model.named_parameters()}
-    twins = [
-        dict(copy.named_parameters()) for copy in copies_of(supernet.model, pl_module, trainer.callbacks)
-    ]
-    for parameter, name in names.items():
-        for member in (parameter, *(twin[name] for twin in twins)):
-            for _ in _remembered(trainer.optimizers, member):  # raises before the first change
-                pass
+    mirrors = {
+        parameter: [
+            tensor
+            for member in (parameter, *(twin[name] for twin in twins))
+            for tensor in _remembered(trainer.optimizers, member, skip_others=at_end)
+        ]
+        for parameter, name in names.items()
+    }
     for parameter, permutations in supernet.reorder(scores).items():
         for twin in twins:
             copy = twin[names[parameter]]
-            permute_like(copy.data, permutations)
-            if copy.grad is not None:
-                permute_like(copy.grad, permutations)
-        for member in (parameter, *(twin[names[parameter]] for twin in twins)):
-            _permute_remembered(trainer.optimizers, member, permutations)
+            mirrors[parameter] += [tensor for tensor in (copy.data, copy.grad) if tensor is not None]
+        for tensor in mirrors[parameter]:
+            permute_like(tensor, permutations)
 
 
-def _permute_remembered(
-    optimizers: Sequence[torch.optim.Optimizer], parameter: nn.Parameter, permutations: list[Permutation]
-) -> None:
-    for tensor in _remembered(optimizers, parameter):
-        permute_like(tensor, permutations)
-
-
-def _remembered(optimizers: Sequence[torch.optim.Optimizer], parameter: nn.Parameter) -> list[Tensor]:
+def _remembered(
+    optimizers: Sequence[torch.optim.Optimizer], parameter: nn.Parameter, skip_others: bool
+) -> list[Tensor]:
     """What the optimizers keep for each entry of a parameter: moments, momentum."""
     found = []
     for optimizer in optimizers:
         for name, value in optimizer.state.get(parameter, {}).items():
             if not isinstance(value, Tensor) or value.numel() <= 1:
                 continue
-            if value.shape != parameter.shape:
+            if value.shape == parameter.shape:
+                found.append(value)
+            elif not skip_others:
                 raise UnsupportedError(
-                    f"SupernetTraining: {type(optimizer).__name__} keeps {name!r} of shape {tuple(value.shape)} "
-                    f"for a parameter of shape {tuple(parameter.shape)}, so it cannot be reordered in the middle "
-                    f"of the run; {_REMEDY}."
+                    f"SupernetTraining: {type(optimizer).__name__} keeps {name!r} of shape "
+                    f"{tuple(value.shape)} for a parameter of shape {tuple(parameter.shape)}, so it cannot "
+                    f"be reordered in the middle of the run; {_REMEDY}."
                 )
-            found.append(value)
     return found

@@ -36,17 +36,17 @@ class Phases:
         Raises:
             ValueError: if the warm-up is a fraction of an unknown length.
         """
-        self.total_steps = total_steps
+        self.total_steps = total_steps if total_steps >= 0 else math.inf  # Lightning says -1 for no limit
         if not isinstance(self.warmup, float):
             self.warmup_steps = self.warmup
-        elif math.isinf(total_steps):
+        elif math.isinf(self.total_steps):
             raise ValueError(
                 f"{where}: warmup={self.warmup} is a fraction of the run, but its length is unknown "
-                "(no max_epochs or max_steps, or data without a length); give warmup as a number of optimizer "
-                "steps."
+                "(no max_epochs or max_steps, or data without a length); give warmup as a number of "
+                "optimizer steps."
             )
         else:
-            self.warmup_steps = math.floor(self.warmup * total_steps)
+            self.warmup_steps = math.floor(self.warmup * self.total_steps)
 
     def progress(self, step: int) -> float:
         """Share of the sandwich phase that is over at this step, in [0, 1]; 0 where its length is unknown."""
@@ -58,8 +58,11 @@ class Phases:
         )
 
     def __str__(self) -> str:
-        rest = "the rest" if math.isinf(self.total_steps) else f"{int(self.total_steps) - self.warmup_steps}"
-        return f"{self.warmup_steps} steps of warm-up, then {rest} of sandwich"
+        rest = self.total_steps - self.warmup_steps
+        if rest <= 0:
+            return f"{self.warmup_steps} steps of warm-up, which is the whole run"
+        length = "the rest" if math.isinf(rest) else rest
+        return f"{self.warmup_steps} steps of warm-up, then {length} of sandwich"
 
 
 class LearningRateFactor:

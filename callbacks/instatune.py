@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning_nas.callbacks._capture import detached, entry_of
 from lightning_nas.callbacks._isolation import same_random_state
-from lightning_nas.callbacks._lightning import can_validate
+from lightning_nas.callbacks._lightning import callbacks_of, can_validate
 from lightning_nas.callbacks.supernet_training import SupernetTraining
 from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
@@ -133,10 +134,16 @@ class InstaTune(SupernetTraining):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.barebones:
+            raise UnsupportedError(
+                "InstaTune: Trainer(barebones=True) drops what validation logs, by which candidates are "
+                "judged; leave barebones out."
+            )
         if stage == "fit" and not can_validate(trainer):
             raise UnsupportedError(
-                f"InstaTune: candidates are judged by {self.monitor!r} in validation, but there is none: give "
-                "the module a validation_step, give fit(val_dataloaders=...), and leave limit_val_batches above 0."
+                f"InstaTune: candidates are judged by {self.monitor!r} in validation, but there is none: "
+                "give the module a validation_step, give fit(val_dataloaders=...), and leave "
+                "limit_val_batches above 0."
             )
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
@@ -164,7 +171,7 @@ class InstaTune(SupernetTraining):
                 "InstaTune: no gradients were measured, so heads and units keep their stored order."
             )
         elif self.order and not self.ordered and self.sandwich_steps == 0:
-            self._put_in_order(trainer, pl_module)
+            self._put_in_order(trainer, pl_module, at_end=True)
         self._search(trainer, pl_module)
 
     def search(
@@ -203,8 +210,9 @@ class InstaTune(SupernetTraining):
                 if value is not None:
                     undo.callback(setattr, self, name, getattr(self, name))
                     setattr(self, name, value)
-            undo.callback(setattr, trainer, "callbacks", trainer.callbacks)
-            trainer.callbacks = [*(c for c in trainer.callbacks if c is not self), self]
+            before = callbacks_of(trainer)
+            undo.callback(setattr, trainer, "callbacks", before)
+            trainer.callbacks = [*(c for c in before if c is not self), self]  # type: ignore[attr-defined]
             undo.callback(setattr, self, "_search_after_validation", False)
             self._search_after_validation = True
             trainer.validate(module, dataloaders, datamodule=datamodule, verbose=False)
@@ -256,13 +264,12 @@ class InstaTune(SupernetTraining):
 
     def _example(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Any, ...] | dict[str, Any]:
         """One validation example as the network is called, from a validation pass of the largest network."""
-        supernet, found = self._require(), []
+        supernet = self._require()
+        found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not found:
-                found.append(
-                    apply_to_collection(detached((args, kwargs)), Tensor, lambda tensor: tensor[:1].clone())
-                )
+                found.append(apply_to_collection(detached((args, kwargs)), Tensor, _first))
 
         handle = entry_of(supernet.model, pl_module).register_forward_pre_hook(watch, with_kwargs=True)
         try:
@@ -277,15 +284,18 @@ class InstaTune(SupernetTraining):
         if not found:
             raise NASError("InstaTune: validation did not call the network, so its costs cannot be counted.")
         args, kwargs = found[0]
-        return args or kwargs
+        if not kwargs:
+            return args
+        return dict(inspect.signature(supernet.model.forward).bind(*args, **kwargs).arguments)
 
     # --- what the user gets
 
     def _folder(self, trainer: Trainer) -> Path:
         if self.folder is not None:
             return Path(self.folder)
-        beside = [str(c.dirpath) for c in trainer.checkpoint_callbacks if getattr(c, "dirpath", None)]
-        return Path(beside[0] if beside else trainer.log_dir or trainer.default_root_dir) / "instatune"
+        beside = [folder for c in trainer.checkpoint_callbacks if (folder := getattr(c, "dirpath", None))]
+        name = "instatune" if self.network is None else f"instatune-{self.network}"
+        return Path(beside[0] if beside else trainer.log_dir or trainer.default_root_dir) / name
 
     @rank_zero_only
     def _report(self, trainer: Trainer, folder: Path) -> None:
@@ -301,8 +311,10 @@ class InstaTune(SupernetTraining):
                 logger.log_table(key="search/candidates_table", dataframe=table)
                 logger.log_image(key="search/front", images=[str(folder / "front.png")])
                 logger.experiment.config.update({"instatune": self._settings()}, allow_val_change=True)
-            elif hasattr(logger.experiment, "add_figure"):  # TensorBoard
-                logger.experiment.add_figure("search/front", result.plot())
+            elif add_figure := getattr(
+                getattr(logger, "experiment", None), "add_figure", None
+            ):  # TensorBoard
+                add_figure("search/front", result.plot())
         rank_zero_info(self._closing_lines(folder))
 
     def _settings(self) -> dict[str, Any]:
@@ -311,7 +323,8 @@ class InstaTune(SupernetTraining):
             "monitor": self.monitor, "mode": self.mode,
             "costs": [str(getattr(cost, "name", cost)) for cost in self.costs],
             "strategy": repr(self.strategy), "budget": self.budget,
-            "sampler": repr(self.sampler), "order": self.order, "warmup_steps": self.phases.warmup_steps, "lr_factor": self.lr_factor, "seed": self.seed,
+            "sampler": repr(self.sampler), "order": self.order,
+            "warmup_steps": self.phases.warmup_steps, "lr_factor": self.lr_factor, "seed": self.seed,
             "students_learn_from": type(self.student_loss).__name__, "space_size": str(space.size),
         }  # fmt: skip
 
@@ -348,15 +361,20 @@ def _fingerprint(network: nn.Module) -> str:
     return digest.hexdigest()[:12]
 
 
+def _first(tensor: Tensor) -> Tensor:
+    return tensor[:1].clone() if tensor.ndim else tensor.clone()
+
+
 def _put_last(trainer: Trainer, callback: Callback) -> None:
     """Let the search see the weights the run ends with: after every callback that copies averages in.
 
     A new list, since Lightning is walking over the old one. Checkpoint callbacks stay behind, where Lightning
     keeps them.
     """
-    others = [c for c in trainer.callbacks if c is not callback]
+    others = [c for c in callbacks_of(trainer) if c is not callback]
     checkpoints = [c for c in others if isinstance(c, Checkpoint)]
-    trainer.callbacks = [*(c for c in others if not isinstance(c, Checkpoint)), callback, *checkpoints]
+    ordered = [*(c for c in others if not isinstance(c, Checkpoint)), callback, *checkpoints]
+    trainer.callbacks = ordered  # type: ignore[attr-defined]  # Lightning declares it nowhere
 
 
 def _on_every_rank(

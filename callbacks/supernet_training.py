@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from lightning_nas.callbacks._ordering import put_in_order, unsortable
 from lightning_nas.callbacks._schedule import LearningRateFactor, Phases
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_nas.distillation import OutputReader, StudentLoss, read_output, student_loss_named
@@ -133,7 +132,11 @@ class SupernetTraining(Callback):
         self._is_checked = False
         self._validation_is_due = False
         self._worse: set[str] = set()  # metrics in which the smallest network was the better one last time
-        self._has_warned = False
+        self._has_warned, self._diverges = False, False
+        self._moving: list[nn.Parameter] | None = (
+            None  # frozen parameters that training_step moves; None: unknown
+        )
+        self._frozen: list[tuple[nn.Parameter, Tensor]] = []
 
     # --- binding to the run
 
@@ -167,16 +170,19 @@ class SupernetTraining(Callback):
         self._capture = Capture(entry_of(supernet.model, pl_module), self.output or read_output)
         self._undo.callback(self._capture.remove)
         self._calls, self._is_checked, self._validation_is_due = [], False, False
-        self._worse, self._has_warned = set(), False
+        self._worse, self._has_warned, self._diverges = set(), False, False
+        self._moving, self._frozen = None, []
         if (teacher := getattr(self.student_loss, "strong_teacher", None)) is not None:
             teacher.to(pl_module.device).eval()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.phases.resolve(trainer.estimated_stepping_batches, type(self).__name__)
-        if self.trains_students and self.order and self.phases.warmup_steps > 0 and not self.ordered:
-            if fault := unsortable(trainer):
-                raise UnsupportedError(f"{type(self).__name__}: {fault}.")
+        orders_later = (
+            self.trains_students and self.order and self.phases.warmup_steps > 0 and not self.ordered
+        )
+        if orders_later and (fault := unsortable(trainer)):
+            raise UnsupportedError(f"{type(self).__name__}: {fault}.")
         if self.lr_factor != 1.0:
             self._factor = LearningRateFactor(self.lr_factor, trainer.optimizers)
             self._undo.callback(self._factor.remove)
@@ -265,18 +271,32 @@ class SupernetTraining(Callback):
         is_sandwich = self._is_sandwich(trainer)
         if is_sandwich and (self.student_loss.needs_task or not self.ordered):
             self._step_arguments = (batch, batch_idx) if takes_batch_idx(pl_module) else (batch,)
-            self._random_state = RandomState.now(pl_module.device)
+            if self._moving is None:
+                self._frozen = [
+                    (p, p.detach().clone()) for p in pl_module.parameters() if not p.requires_grad
+                ]
         if is_sandwich and self.order and not self.ordered:
+            self._random_state = RandomState.now(pl_module.device)
             self._put_in_order(trainer, pl_module)
+        self._expect_calls(trainer, pl_module)
+
+    def _expect_calls(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make ready for the user's next ``training_step``."""
         assert self._capture is not None  # made in on_fit_start
         self._calls = []
-        if is_sandwich or not self._is_checked:
+        if self._is_sandwich(trainer) or not self._is_checked:
+            self._random_state = RandomState.now(pl_module.device)
             self._capture.calls = self._calls
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         assert self._capture is not None  # made in on_fit_start
         self._capture.calls = None
+        if self._frozen:  # once: which frozen parameters does training_step move itself (momentum encoders)?
+            self._moving = [
+                parameter for parameter, value in self._frozen if not torch.equal(parameter, value)
+            ]
+            self._frozen = []
         weight = getattr(self.student_loss, "largest_weight", 1.0)
         if self._is_sandwich(trainer) and loss.requires_grad:
             if weight != 1.0:
@@ -290,6 +310,7 @@ class SupernetTraining(Callback):
             self._check_largest(trainer, pl_module)
         if self._is_sandwich(trainer):
             self._train_students(trainer, pl_module)
+            self._expect_calls(trainer, pl_module)  # LBFGS evaluates training_step several times a step
 
     @override
     def on_before_optimizer_step(
@@ -310,13 +331,14 @@ class SupernetTraining(Callback):
         assert self._capture is not None  # made in on_fit_start
         self._capture.calls = None  # a training_step that returned None had no backward pass to end it
         self._calls, self._step_arguments, self._random_state = [], (), None
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if self._losses and isinstance(loss, Tensor):
+            self._losses.setdefault("largest", []).append(loss.detach())
         if accumulates(trainer):
             return
         if self.trains_students and trainer.global_step > self.phases.warmup_steps:
             self.sandwich_steps += 1
         if self._losses:
-            loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-            self._losses["largest"] = [loss.detach()]
             self._log_losses(trainer)
 
     def _is_sandwich(self, trainer: Trainer) -> bool:
@@ -352,7 +374,8 @@ class SupernetTraining(Callback):
         supernet = self._require()
         with ExitStack() as stack:
             stack.enter_context(same_random_state(pl_module.device))
-            stack.enter_context(undisturbed(pl_module))
+            moving = [parameter for parameter, _ in self._frozen] if self._moving is None else self._moving
+            stack.enter_context(undisturbed(pl_module, moving))
             stack.enter_context(muted(pl_module))
             stack.enter_context(torch.compiler.set_stance("force_eager"))  # one compiled graph: the largest's
             stack.enter_context(supernet.using(architecture))
@@ -374,8 +397,8 @@ class SupernetTraining(Callback):
                 return task
             if len(outputs) != len(self._calls):
                 raise NASError(
-                    f"{type(self).__name__}: training_step called the network {len(self._calls)} times for the "
-                    f"largest network but {len(outputs)} times for a student on the same batch; "
+                    f"{type(self).__name__}: training_step called the network {len(self._calls)} times for "
+                    f"the largest network but {len(outputs)} times for a student on the same batch; "
                     "students_learn_from='teacher' does not call training_step again."
                 )
             features, strong = self._returns_features(), [self._strong_output(call) for call in self._calls]
@@ -392,7 +415,8 @@ class SupernetTraining(Callback):
         self._random_state.restore()
         with self._capture.on() as calls:
             output = pl_module.training_step(*self._step_arguments)
-        return (output["loss"] if isinstance(output, dict) else output), calls
+        loss = output["loss"] if isinstance(output, Mapping) else output
+        return (loss if isinstance(loss, Tensor) else None), calls
 
     def _run_network(self, call: Call) -> Tensor:
         return (self.output or read_output)(self._require().model(*call.args, **call.kwargs))
@@ -456,17 +480,21 @@ class SupernetTraining(Callback):
     # --- order
 
     def _measure_importance(self) -> None:
+        if all(parameter.grad is None for parameter in self._require().model.parameters()):
+            return  # the user's step returned None
         for name, score in self._require().importance().items():
             if torch.isfinite(score).all():  # a step that the gradient scaler will skip says nothing
                 self.importance[name] = score + self.importance.get(name, torch.zeros_like(score)).to(score)
 
-    def _put_in_order(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _put_in_order(self, trainer: Trainer, pl_module: LightningModule, *, at_end: bool = False) -> None:
         supernet = self._require()
         if self.order == "magnitude":
             self.importance = supernet.magnitude()
         elif not self.importance:
             self._measure_on_batch(trainer, pl_module)
-        put_in_order(supernet, self.importance, trainer, pl_module)
+        if not self.importance:
+            return  # the user's step returned None; the next batch will do
+        put_in_order(supernet, self.importance, trainer, pl_module, at_end=at_end)
         self.ordered = True
         rank_zero_info(f"{type(self).__name__}: heads and units are in the order of {self.order}.")
 
@@ -505,14 +533,17 @@ class SupernetTraining(Callback):
         self.trained.update(f"{name}={architecture[name]}" for name in space.active(architecture))
 
     def _log_losses(self, trainer: Trainer) -> None:
-        if trainer.global_step % max(1, trainer.log_every_n_steps) == 0:
+        if trainer.global_step % max(1, getattr(trainer, "log_every_n_steps", 50)) == 0:  # undeclared there
             means = {role: float(torch.stack(losses).float().mean()) for role, losses in self._losses.items()}
             for role, value in means.items():
                 self.curves.setdefault(role, []).append((trainer.global_step, value))
-                if not math.isfinite(value) and role != "largest":
+                if role != "largest" and not value <= 2 * self.curves[role][0][1] and not self._diverges:
+                    self._diverges = True
                     rank_zero_warn(
-                        f"{type(self).__name__}: the loss of the {role} subnetworks is {value} at step "
-                        f"{trainer.global_step}; lower lr_factor or the learning rate, or clip gradients."
+                        f"{type(self).__name__}: students diverge: the loss of the {role} subnetworks is "
+                        f"{value:.4g} at step {trainer.global_step} and began at "
+                        f"{self.curves[role][0][1]:.4g}. Lower lr_factor or the learning rate, or clip "
+                        "gradients."
                     )
             for logger in trainer.loggers:
                 logger.log_metrics(
@@ -559,8 +590,8 @@ class SupernetTraining(Callback):
             rank_zero_warn(
                 f"{type(self).__name__}: {again[0]} of the smallest network "
                 f"({values[f'{again[0]}/smallest']:.4g}) is better than of the largest "
-                f"({values[f'{again[0]}/largest']:.4g}), for the second time. The largest may be overfitting or "
-                "undertrained: lengthen warmup, lower lr_factor, or regularise it more."
+                f"({values[f'{again[0]}/largest']:.4g}), for the second time. The largest may be overfitting "
+                "or undertrained: lengthen warmup, lower lr_factor, or regularise it more."
             )
         self._worse = worse
 
@@ -586,15 +617,15 @@ class SupernetTraining(Callback):
             return
         if self.sandwich_steps == 0:
             rank_zero_warn(
-                f"{type(self).__name__}: the run ended after {trainer.global_step} optimizer steps, before its "
-                f"sandwich phase (which begins after {self.phases.warmup_steps}): no subnetwork was trained. "
-                "Train longer, stop later or lower warmup."
+                f"{type(self).__name__}: the run ended after {trainer.global_step} optimizer steps, before "
+                f"its sandwich phase (which begins after {self.phases.warmup_steps}): no subnetwork was "
+                "trained. Train longer, stop later or lower warmup."
             )
         elif self.sandwich_steps >= 20:
             options = [f"{c.name}={value}" for c in self._require().space.choices for value in c.values]
             if missing := [option for option in options if not self.trained[option]]:
                 rank_zero_warn(
                     f"{type(self).__name__}: never trained in {self.sandwich_steps} sandwich steps: "
-                    f"{', '.join(missing[:10])}{' ...' if len(missing) > 10 else ''}. Train longer, draw more "
-                    "random members or restrict the space."
+                    f"{', '.join(missing[:10])}{' ...' if len(missing) > 10 else ''}. Train longer, draw "
+                    "more random members or restrict the space."
                 )

@@ -58,7 +58,7 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.
 
 
 def soft_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """Kullback-Leibler divergence from the teacher's distribution to the student's, by the squared temperature.
+    """Kullback-Leibler divergence from the teacher's distribution to the student's, times T squared.
 
     ``T^2 * mean_i( sum_c p_ic (log p_ic - log q_ic) )``: :func:`soft_cross_entropy` less the teacher's own
     entropy, so it is 0 where both agree.

@@ -39,7 +39,11 @@ __all__ = [
 
 @runtime_checkable
 class Cost(Protocol):
-    """An architecture to a number with a unit, known without measuring anything."""
+    """An architecture to a number with a unit, known without measuring anything.
+
+    One that can also count many architectures at once has a method ``many(architectures)``, which returns an
+    array.
+    """
 
     @property
     def name(self) -> str:

@@ -4,33 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_nas.registry import Registry
+from lightning_nas.results import Cost
 from lightning_nas.space import Value
 from lightning_nas.supernet import Supernet
 from lightning_nas.supernet.anatomy import Axis, Sizes, axis_length
 from lightning_nas.supernet.fitting import Fit
 
 __all__ = ["Cost", "CountTable", "Term", "costs", "resolve"]
-
-
-@runtime_checkable
-class Cost(Protocol):
-    """A number with a unit for every architecture, known without training it.
-
-    One that can also count many architectures at once has a method ``many(architectures)``, which returns an
-    array.
-    """
-
-    name: str
-    unit: str
-
-    def __call__(self, architecture: Mapping[str, Value]) -> float:
-        """The cost of one architecture."""
 
 
 costs: Registry[Any] = Registry("cost")

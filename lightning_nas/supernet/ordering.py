@@ -44,21 +44,23 @@ def taylor_scores(anatomy: Anatomy, model: nn.Module) -> dict[str, Tensor]:
     r"""First-order importance of every unit, read from the gradients that the weights hold.
 
     :math:`|\sum W \, \partial L / \partial W|` over the columns through which a unit's contribution leaves.
+    Units whose weights have no gradient (frozen layers) are left out.
 
     Raises:
-        ValueError: if one of these weights has no gradient.
+        ValueError: if none of these weights has a gradient.
 
     Reference: Molchanov et al., CVPR 2019, equation 8, with the sum over a group of weights.
     """
     scores = {}
     for group in _ordered(anatomy):
-        name, weight = _way_out(model, group)
-        if weight.grad is None:
-            raise ValueError(
-                f"importance: {name} has no gradient. Call backward() on a loss of the largest network first."
-            )
-        with torch.no_grad():
-            scores[group.name] = _by_unit(anatomy, group, weight * weight.grad).sum(1).abs()
+        _, weight = _way_out(model, group)
+        if weight.grad is not None:
+            with torch.no_grad():
+                scores[group.name] = _by_unit(anatomy, group, weight * weight.grad).sum(1).abs()
+    if not scores:
+        raise ValueError(
+            "importance: no weight has a gradient. Call backward() on a loss of the largest network first."
+        )
     return scores
 
 

@@ -227,10 +227,10 @@ class Supernet:
         MLP matrix.
 
         Returns:
-            For each group (``"layers.3.heads"``) one score a unit.
+            For each group (``"layers.3.heads"``) one score a unit; frozen layers are left out.
 
         Raises:
-            ValueError: if one of these weights has no gradient.
+            ValueError: if no weight has a gradient.
         """
         return ordering.taylor_scores(self.anatomy, self.model)
 

@@ -13,7 +13,7 @@ EPOCHS, BATCHES = 3, 5
 
 
 class StatefulLoader:
-    """Its order is a function of the epoch, and it goes on in the middle of one: an exact resume needs both."""
+    """Its order is a function of the epoch, and it goes on in the middle of one: exact resume needs both."""
 
     def __init__(self):
         self.data, self.epoch, self.done = users.images(8 * BATCHES), 0, 0
