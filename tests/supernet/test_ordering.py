@@ -205,7 +205,7 @@ def test_importance_of_several_batches_is_the_sum_of_theirs():
 def test_faults_of_ordering_are_named():
     model = tiny()
     supernet = Supernet(model)
-    with pytest.raises(ValueError, match=r"blocks.0.attn.proj.weight has no gradient. Call backward\(\)"):
+    with pytest.raises(ValueError, match=r"no weight has a gradient. Call backward\(\)"):
         supernet.importance()
     with pytest.raises(ValueError, match=r"no group 'layers.0.head' to order"):
         supernet.reorder({"layers.0.head": torch.ones(4)})
