@@ -129,6 +129,7 @@ class InstaTune(SupernetTraining):
         Limit.all_of(constraints, "InstaTune")  # names a wrong bound now, not after training
         self.result: SearchResult | None = None
         self._search_after_validation = False
+        self._before_sandwich: float | None = None  # what the full network reached in the warm-up
 
     # --- before the search
 
@@ -147,11 +148,18 @@ class InstaTune(SupernetTraining):
             )
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            self._before_sandwich = None
             _put_last(trainer, self)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
+        if (
+            self.sandwich_steps == 0
+            and not trainer.sanity_checking
+            and self.monitor in trainer.callback_metrics
+        ):
+            self._before_sandwich = float(trainer.callback_metrics[self.monitor])
         if not trainer.sanity_checking and self.monitor not in trainer.callback_metrics:
             raise ValueError(
                 f"InstaTune: monitor={self.monitor!r} was not logged in validation. "
@@ -336,6 +344,11 @@ class InstaTune(SupernetTraining):
             f"InstaTune: {len(result.candidates)} candidates evaluated, {len(result.front)} on the front; "
             f"written to {folder}."
         ]
+        if result.reference is not None and self._before_sandwich is not None and self.sandwich_steps:
+            lines.append(
+                f"The full network's {self.monitor}: {self._before_sandwich:.4g} after its own warm-up, "
+                f"{result.reference.values[self.monitor]:.4g} with its family."
+            )
         if cost is not None and result.front:
             middle = result.front[len(result.front) // 2].values[cost_name]
             lines += [

@@ -21,6 +21,7 @@ from lightning_nas.callbacks._lightning import accumulates, has_static_graph, ru
 from lightning_nas.callbacks._networks import find_network
 from lightning_nas.callbacks._ordering import put_in_order, unsortable
 from lightning_nas.callbacks._schedule import LearningRateFactor, Phases
+from lightning_nas.callbacks._watch import Watch
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -120,10 +121,8 @@ class SupernetTraining(Callback):
         self.supernet: Supernet | None = None
         self.ordered = False
         self.sandwich_steps = 0
-        self.trained: Counter[str] = Counter()  # "choice=option" -> students that had it
-        self.curves: dict[str, list[tuple[int, float]]] = {}  # role -> (optimizer step, mean training loss)
         self.importance: dict[str, Tensor] = {}  # group of heads or units -> the scores it is ordered by
-        self._losses: dict[str, list[Tensor]] = {}
+        self.watch = Watch(where)
         self._undo = ExitStack()
         self._capture: Capture | None = None
         self._calls: list[Call] = []
@@ -131,12 +130,20 @@ class SupernetTraining(Callback):
         self._random_state: RandomState | None = None
         self._is_checked = False
         self._validation_is_due = False
-        self._worse: set[str] = set()  # metrics in which the smallest network was the better one last time
-        self._has_warned, self._diverges = False, False
         self._moving: list[nn.Parameter] | None = (
             None  # frozen parameters that training_step moves; None: unknown
         )
         self._frozen: list[tuple[nn.Parameter, Tensor]] = []
+
+    @property
+    def trained(self) -> Counter[str]:
+        """How many students had each option, as ``"choice=option"``."""
+        return self.watch.trained
+
+    @property
+    def curves(self) -> dict[str, list[tuple[int, float]]]:
+        """For each role the optimizer steps and mean training losses that were logged."""
+        return self.watch.curves
 
     # --- binding to the run
 
@@ -157,8 +164,7 @@ class SupernetTraining(Callback):
         self._refuse(trainer, pl_module)
         if trainer.global_step == 0:
             self.ordered, self.sandwich_steps = False, 0
-            self.importance, self.trained, self.curves = {}, Counter(), {}
-        self._losses = {}
+            self.importance, self.watch = {}, Watch(type(self).__name__)
         # A network that configure_model makes does not exist yet; on_fit_start comes after it.
         self._attach(pl_module, may_be_missing=True)
 
@@ -170,7 +176,6 @@ class SupernetTraining(Callback):
         self._capture = Capture(entry_of(supernet.model, pl_module), self.output or read_output)
         self._undo.callback(self._capture.remove)
         self._calls, self._is_checked, self._validation_is_due = [], False, False
-        self._worse, self._has_warned, self._diverges = set(), False, False
         self._moving, self._frozen = None, []
         if (teacher := getattr(self.student_loss, "strong_teacher", None)) is not None:
             teacher.to(pl_module.device).eval()
@@ -217,15 +222,14 @@ class SupernetTraining(Callback):
             "ordered": self.ordered,
             "scores": {name: score.cpu() for name, score in self.importance.items()},
             "sandwich_steps": self.sandwich_steps,
-            "trained": dict(self.trained),
-            "curves": self.curves,
+            "watch": self.watch.state_dict(),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.ordered, self.sandwich_steps = state_dict["ordered"], state_dict["sandwich_steps"]
-        self.importance, self.trained = dict(state_dict["scores"]), Counter(state_dict["trained"])
-        self.curves = {role: list(curve) for role, curve in state_dict["curves"].items()}
+        self.importance = dict(state_dict["scores"])
+        self.watch.load_state_dict(state_dict["watch"])
 
     def _attach(self, pl_module: LightningModule, may_be_missing: bool) -> None:
         network = find_network(pl_module, self.network, type(self).__name__, may_be_missing)
@@ -331,15 +335,12 @@ class SupernetTraining(Callback):
         assert self._capture is not None  # made in on_fit_start
         self._capture.calls = None  # a training_step that returned None had no backward pass to end it
         self._calls, self._step_arguments, self._random_state = [], (), None
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if self._losses and isinstance(loss, Tensor):
-            self._losses.setdefault("largest", []).append(loss.detach())
+        self.watch.largest(outputs.get("loss") if isinstance(outputs, Mapping) else outputs)
         if accumulates(trainer):
             return
         if self.trains_students and trainer.global_step > self.phases.warmup_steps:
             self.sandwich_steps += 1
-        if self._losses:
-            self._log_losses(trainer)
+        self.watch.step(trainer)
 
     def _is_sandwich(self, trainer: Trainer) -> bool:
         return self.trains_students and trainer.global_step >= self.phases.warmup_steps
@@ -363,7 +364,7 @@ class SupernetTraining(Callback):
                     continue
                 scaled = loss / trainer.accumulate_grad_batches
                 (scaled if scaler is None else scaler.scale(scaled)).backward()
-            self._note(architecture, loss.detach())
+            self.watch.student(supernet.space, architecture, loss.detach())
         if trainer.world_size > 1 and not accumulates(trainer):
             self._agree_on_gradients(trainer, pl_module)
 
@@ -524,33 +525,6 @@ class SupernetTraining(Callback):
     def _returns_features(self) -> bool:
         return getattr(self._require().model, "num_classes", None) == 0
 
-    def _role(self, architecture: Architecture) -> str:
-        return "smallest" if architecture == self._require().space.smallest else "random"
-
-    def _note(self, architecture: Architecture, loss: Tensor) -> None:
-        space = self._require().space
-        self._losses.setdefault(self._role(architecture), []).append(loss)
-        self.trained.update(f"{name}={architecture[name]}" for name in space.active(architecture))
-
-    def _log_losses(self, trainer: Trainer) -> None:
-        if trainer.global_step % max(1, getattr(trainer, "log_every_n_steps", 50)) == 0:  # undeclared there
-            means = {role: float(torch.stack(losses).float().mean()) for role, losses in self._losses.items()}
-            for role, value in means.items():
-                self.curves.setdefault(role, []).append((trainer.global_step, value))
-                if role != "largest" and not value <= 2 * self.curves[role][0][1] and not self._diverges:
-                    self._diverges = True
-                    rank_zero_warn(
-                        f"{type(self).__name__}: students diverge: the loss of the {role} subnetworks is "
-                        f"{value:.4g} at step {trainer.global_step} and began at "
-                        f"{self.curves[role][0][1]:.4g}. Lower lr_factor or the learning rate, or clip "
-                        "gradients."
-                    )
-            for logger in trainer.loggers:
-                logger.log_metrics(
-                    {f"supernet_loss/{role}": v for role, v in means.items()}, trainer.global_step
-                )
-        self._losses = {}
-
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validation_is_due = not trainer.sanity_checking and self.sandwich_steps > 0
@@ -573,27 +547,7 @@ class SupernetTraining(Callback):
                 values[f"{name}/{role}"] = value
                 if name in largest:
                     values[f"{name}/largest"] = float(largest[name])
-        for logger in trainer.loggers:
-            logger.log_metrics(values, trainer.global_step)
-        self._warn_if_largest_is_worse(values)
-
-    def _warn_if_largest_is_worse(self, values: dict[str, float]) -> None:
-        """Warn once, when the smallest network was better in two validations in a row."""
-        worse = set()
-        for name in {key.rsplit("/", 1)[0] for key in values}:
-            largest, smallest = values.get(f"{name}/largest"), values.get(f"{name}/smallest")
-            sign = 1 if "acc" in name.lower() else -1 if "loss" in name.lower() else 0
-            if largest is not None and smallest is not None and sign * (smallest - largest) > 0:
-                worse.add(name)
-        if (again := sorted(worse & self._worse)) and not self._has_warned:
-            self._has_warned = True
-            rank_zero_warn(
-                f"{type(self).__name__}: {again[0]} of the smallest network "
-                f"({values[f'{again[0]}/smallest']:.4g}) is better than of the largest "
-                f"({values[f'{again[0]}/largest']:.4g}), for the second time. The largest may be overfitting "
-                "or undertrained: lengthen warmup, lower lr_factor, or regularise it more."
-            )
-        self._worse = worse
+        self.watch.validated(trainer, values)
 
     def evaluate(
         self, trainer: Trainer, pl_module: LightningModule, architecture: Architecture
@@ -613,19 +567,6 @@ class SupernetTraining(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validate_roles(trainer, pl_module)
-        if not self.trains_students:
-            return
-        if self.sandwich_steps == 0:
-            rank_zero_warn(
-                f"{type(self).__name__}: the run ended after {trainer.global_step} optimizer steps, before "
-                f"its sandwich phase (which begins after {self.phases.warmup_steps}): no subnetwork was "
-                "trained. Train longer, stop later or lower warmup."
-            )
-        elif self.sandwich_steps >= 20:
-            options = [f"{c.name}={value}" for c in self._require().space.choices for value in c.values]
-            if missing := [option for option in options if not self.trained[option]]:
-                rank_zero_warn(
-                    f"{type(self).__name__}: never trained in {self.sandwich_steps} sandwich steps: "
-                    f"{', '.join(missing[:10])}{' ...' if len(missing) > 10 else ''}. Train longer, draw "
-                    "more random members or restrict the space."
-                )
+        if self.trains_students:
+            space = self._require().space
+            self.watch.ended(trainer, space, self.sandwich_steps, self.phases.warmup_steps)

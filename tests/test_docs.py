@@ -84,7 +84,7 @@ def test_the_code_of_a_page_runs_and_prints_what_the_page_shows(page):
     names = {"__name__": f"page_{page.stem.replace('-', '_').lower()}"}
     for block in code_of(page.read_text()):
         with printed() as stream:
-            exec(compile("\n" * block.line + block.source, str(page), "exec"), names)
+            exec(compile("\n" * block.line + block.source, str(page), "exec", dont_inherit=True), names)
         if block.shown is not None:
             check_output(block.shown, stream.getvalue())
 

@@ -1076,6 +1076,7 @@ def page() -> str:
         reasons = [feature.refused.get(kind) for kind in KINDS]
         cells = [f"refused: {reason}" if reason else "works" for reason in reasons]
         lines.append(f"| {feature.name} | {' | '.join(cells)} |")
+    lines.append("| DDP on two processes, without `find_unused_parameters` (`test_ddp.py`) | works | works |")
     return "\n".join(lines) + "\n"
 
 
