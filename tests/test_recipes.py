@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning_nas.callbacks import InstaTune
 from PIL import Image
 
-from lightning_nas.callbacks import InstaTune
 from lightning_nas.cli import main
 from lightning_nas.modules import ImageClassifier
 

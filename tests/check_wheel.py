@@ -1,0 +1,21 @@
+"""Run by ``make wheel`` with the Python of an environment that holds the built wheel: is everything in it?"""
+
+import importlib.metadata
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import lightning_nas
+import lightning_nas.callbacks
+import lightning_nas.modules
+import lightning_nas.recipes
+
+root = Path(lightning_nas.__file__).parent
+assert root.parent == Path(sys.argv[1]), f"{root} is not the installed wheel, which is in {sys.argv[1]}"
+assert Path(lightning_nas.callbacks.__file__).parent == root / "callbacks"
+assert (root / "py.typed").exists()
+assert list(files("lightning_nas.recipes").glob("*.yaml")), "no recipe was packaged"
+distribution = importlib.metadata.distribution("lightning-nas")
+tops = {str(path).split("/")[0] for path in distribution.files or ()}
+assert {top for top in tops if not top.endswith(".dist-info")} == {"lightning_nas"}, tops
+assert "Apache License" in (distribution.read_text("licenses/LICENSE") or ""), "the licence is missing"
