@@ -148,7 +148,9 @@ class StudentLoss(Protocol):
 
     def __call__(
         self, student: Tensor, teacher: Tensor, *, task: Tensor | None, strong: Tensor | None, features: bool
-    ) -> Tensor:
+    ) -> (
+        Any
+    ):  # a Tensor; jsonargparse takes a protocol whose call returns a class for a factory of that class
         """The loss of one student, a scalar.
 
         Args:

