@@ -78,3 +78,27 @@ def test_each_recipe_opens_with_what_it_is_the_command_and_the_expected_result()
         assert f"lightning-nas fit --config {recipe.name}" in opening
         assert "# Expected: " in opening
         assert "Time: " in opening
+
+
+def test_samplers_strategies_and_loss_objects_can_be_written_in_yaml():
+    from jsonargparse import ArgumentParser
+
+    from lightning_nas.callbacks import InstaTune
+    from lightning_nas.distillation import InstaTuneLoss
+    from lightning_nas.sampling import Sandwich
+    from lightning_nas.strategies import NSGA2
+
+    written = {
+        "warmup": 5,
+        "sampler": {"class_path": "lightning_nas.Sandwich", "init_args": {"random": 3}},
+        "strategy": {"class_path": "lightning_nas.strategies.NSGA2", "init_args": {"population": 8}},
+        "students_learn_from": {"class_path": "lightning_nas.InstaTuneLoss", "init_args": {"alpha": 0.4}},
+    }
+    parser = ArgumentParser()
+    parser.add_class_arguments(InstaTune, "callback")
+    callback = parser.instantiate(parser.parse_object({"callback": written})).callback
+    assert callback.sampler == Sandwich(random=3)
+    assert callback.strategy == NSGA2(population=8)
+    assert callback.student_loss == InstaTuneLoss(alpha=0.4)
+    assert callback.phases.warmup == 5
+    assert isinstance(callback.phases.warmup, int)
