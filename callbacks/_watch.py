@@ -54,7 +54,7 @@ class Watch:
         for role, value in means.items():
             self.curves.setdefault(role, []).append((step, value))
             first = self.curves[role][0][1]
-            # A student's loss may rise while its teacher grows surer; this is more, in units of cross-entropy too.
+            # A student's loss may rise while its teacher grows surer, but hardly by so much.
             if role != "largest" and not value <= max(2 * first, first + 1.0):
                 self._say(
                     "diverging",

@@ -25,12 +25,10 @@ from typing_extensions import override
 
 from lightning_nas.costs import costs as known_costs
 from lightning_nas.costs import resolve
-from lightning_nas.distillation import OutputReader, StudentLoss
 from lightning_nas.errors import NASError, UnsupportedError
 from lightning_nas.registry import nearest
 from lightning_nas.results import Candidate, Cost, Limit, Maximize, Minimize, Objective, SearchResult
-from lightning_nas.sampling import Sampler
-from lightning_nas.space import Architecture, SearchSpace
+from lightning_nas.space import Architecture
 from lightning_nas.strategies import Strategy, strategies
 from lightning_nas.study import search
 
@@ -60,20 +58,10 @@ class InstaTune(SupernetTraining):
         storage: of the study: an Optuna storage or URL, or ``"memory"``; ``None``: a file beside the
             checkpoints.
         constraints: bounds on costs, as ``{"macs": ("<=", 2e8)}``.
-        network: as in :class:`SupernetTraining`, like all that follow.
-        space: as there.
-        sampler: as there; ``"largest"`` searches a plainly fine-tuned network.
-        order: as there; a network that training did not put in order is put in order before the search.
-        warmup: as there.
-        lr_factor: as there.
-        students_learn_from: as there.
-        output: as there.
-        temperature: as there.
-        regularize: as there.
-        seed: of the plan of students and of the search.
-        exclude: as there.
-        validate: as there.
         folder: where to write; ``None``: ``instatune`` beside the checkpoints, or in the trainer's root.
+        **training: the arguments of :class:`SupernetTraining`. With ``sampler="largest"`` a plainly
+            fine-tuned network is searched; ``seed`` is also the search's. A network that training did not
+            put in order is put in order before the search.
 
     Attributes:
         result: the :class:`~lightning_nas.SearchResult`, after ``fit`` or :meth:`search`.
@@ -95,25 +83,10 @@ class InstaTune(SupernetTraining):
         budget: int = 100,
         storage: Any = None,  # whatever Optuna takes
         constraints: Mapping[Any, tuple[str, float]] | None = None,
-        network: str | None = None,
-        space: SearchSpace | str | None = None,
-        sampler: str | Sampler = "sandwich",
-        order: Literal["importance", "magnitude"] | None = "importance",
-        warmup: int | float = 0.3,
-        lr_factor: float = 1.0,
-        students_learn_from: str | StudentLoss = "both",
-        output: OutputReader | None = None,
-        temperature: float = 1.0,
-        regularize: Literal["largest", "all"] = "largest",
-        seed: int = 0,
-        exclude: Sequence[str] = (),
-        validate: Sequence[Literal["smallest", "random"]] = ("smallest", "random"),
         folder: str | Path | None = None,
+        **training: Any,  # those of SupernetTraining, which checks them
     ) -> None:
-        super().__init__(
-            network, space, sampler, order, warmup, lr_factor, students_learn_from, output, temperature,
-            regularize, seed, exclude, validate,
-        )  # fmt: skip
+        super().__init__(**training)
         if mode not in ("max", "min"):
             raise ValueError(f"InstaTune: mode must be 'max' or 'min', got {mode!r}.")
         if budget < 1:
