@@ -31,10 +31,11 @@ class Capture:
     Args:
         entry: the module whose calls are recorded.
         read: gives the tensor to distil.
+        must_read: whether an output that cannot be read is an error; otherwise its call is passed over.
     """
 
-    def __init__(self, entry: nn.Module, read: OutputReader) -> None:
-        self.entry, self.read = entry, read
+    def __init__(self, entry: nn.Module, read: OutputReader, must_read: bool) -> None:
+        self.entry, self.read, self.must_read = entry, read, must_read
         self.calls: list[Call] | None = None  # None: switched off
 
         # A closure, not a bound method: copies of the user's module share functions, but copy what methods
@@ -61,7 +62,12 @@ class Capture:
     def _record(self, calls: list[Call], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not torch.is_grad_enabled():
             return
-        tensor = self.read(output)
+        try:
+            tensor = self.read(output)
+        except TypeError:
+            if self.must_read:
+                raise
+            return
         if tensor.requires_grad:
             calls.append(Call(detached(args), detached(kwargs), tensor))
 

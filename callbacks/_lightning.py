@@ -93,7 +93,7 @@ def run_validation(trainer: Trainer) -> dict[str, float]:
             trainer.validating = True
         loop.run()
         logged = dict(connector._callback_metrics)
-    return {name: float(_mean_over_ranks(trainer, value)) for name, value in logged.items()}
+    return _mean_over_ranks(trainer, {name: float(value) for name, value in logged.items()})
 
 
 def _restore(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
@@ -102,8 +102,14 @@ def _restore(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
     setattr(owner, name, value)
 
 
-def _mean_over_ranks(trainer: Trainer, value: Any) -> Any:
+def _mean_over_ranks(trainer: Trainer, logged: dict[str, float]) -> dict[str, float]:
+    """The mean over processes of what all of them logged; what only some logged stays as it is here."""
     if trainer.world_size == 1:
-        return value
-    tensor = torch.as_tensor(value, dtype=torch.float64, device="cpu").to(trainer.strategy.root_device)
-    return trainer.strategy.reduce(tensor, reduce_op="mean")
+        return logged
+    names: list[str] = trainer.strategy.broadcast(sorted(logged))
+    device = trainer.strategy.root_device
+    rows = [[float(name in logged), logged.get(name, 0.0)] for name in names]
+    table = torch.tensor(rows, dtype=torch.float64, device=device).reshape(len(names), 2)
+    table = trainer.strategy.reduce(table, reduce_op="mean")
+    shared = {name: value for name, (share, value) in zip(names, table.tolist(), strict=True) if share == 1.0}
+    return {**logged, **shared}

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 from pytorch_lightning import Callback, LightningModule
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_nas.errors import NoMatchError, UnsupportedError
 from lightning_nas.supernet import supported_networks, supports
 
-__all__ = ["copies_of", "find_network"]
+__all__ = ["copies_of", "find_network", "named_tensors"]
 
 
 def find_network(
@@ -72,6 +72,27 @@ def copies_of(network: nn.Module, module: LightningModule, callbacks: Iterable[C
         and not hasattr(child, "_orig_mod")
         and _kind(child) == _kind(network)
         and {name: parameter.shape for name, parameter in child.named_parameters()} == shapes
+    ]
+
+
+def named_tensors(
+    name: str,
+    parameter: nn.Parameter,
+    network: nn.Module,
+    module: LightningModule,
+    callbacks: Iterable[Callback],
+) -> list[Tensor]:
+    """Tensors that the module or a callback keeps in a dictionary under a parameter's name, in its shape."""
+    paths = {child: path for path, child in module.named_modules()}
+    keys = {name, f"{paths[network]}.{name}"}
+    own = vars(nn.Module()).keys()  # _parameters and the like: the network itself
+    kept = [v for owner in (module, *callbacks) for k, v in vars(owner).items() if k not in own]
+    return [
+        tensor
+        for mapping in kept
+        if isinstance(mapping, Mapping)
+        for key, tensor in mapping.items()
+        if key in keys and isinstance(tensor, Tensor) and tensor.shape == parameter.shape
     ]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from lightning_nas.callbacks._lightning import callbacks_of
-from lightning_nas.callbacks._networks import copies_of
+from lightning_nas.callbacks._networks import copies_of, named_tensors
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -17,15 +17,24 @@ __all__ = ["put_in_order", "unsortable"]
 
 _OTHER_SHAPES = ("Adafactor", "LBFGS", "SOAP", "Shampoo", "ZeroRedundancyOptimizer")
 _REMEDY = "order at the start (warmup=0) or not at all (order=None)"
+_SHARDED = (
+    "has sharded the weights, so heads and units cannot be reordered in the run; order before it with "
+    "nas.Supernet(network, order=..., calibration=...) or not at all (order=None)"
+)
 
 
-def unsortable(trainer: Trainer) -> str | None:
-    """Why weights cannot be reordered once an optimizer has taken a step, and what to do; else None."""
+def unsortable(trainer: Trainer, at_start: bool) -> str | None:
+    """Why weights cannot be reordered in this run, and what to do; None if they can.
+
+    Args:
+        trainer: with its optimizers.
+        at_start: whether the order is made before the first optimizer step.
+    """
+    if "FSDP" in type(trainer.strategy).__name__:
+        return f"{type(trainer.strategy).__name__} {_SHARDED}"
     names = {base.__name__ for optimizer in trainer.optimizers for base in type(optimizer).__mro__}
     found = sorted(names.intersection(_OTHER_SHAPES))
-    if "FSDP" in type(trainer.strategy).__name__:
-        found.append(type(trainer.strategy).__name__)
-    if not found:
+    if at_start or not found:
         return None
     return (
         f"{', '.join(found)} keeps state that is not shaped like its parameters, so heads and units cannot "
@@ -61,6 +70,8 @@ def put_in_order(
         ]
         for parameter, name in names.items()
     }
+    for parameter, name in names.items():
+        mirrors[parameter] += named_tensors(name, parameter, supernet.model, pl_module, callbacks_of(trainer))
     for parameter, permutations in supernet.reorder(scores).items():
         for twin in twins:
             copy = twin[names[parameter]]

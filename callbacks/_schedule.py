@@ -39,14 +39,14 @@ class Phases:
         self.total_steps = total_steps if total_steps >= 0 else math.inf  # Lightning says -1 for no limit
         if not isinstance(self.warmup, float):
             self.warmup_steps = self.warmup
-        elif math.isinf(self.total_steps):
+        elif self.warmup and math.isinf(self.total_steps):
             raise ValueError(
                 f"{where}: warmup={self.warmup} is a fraction of the run, but its length is unknown "
                 "(no max_epochs or max_steps, or data without a length); give warmup as a number of "
                 "optimizer steps."
             )
         else:
-            self.warmup_steps = math.floor(self.warmup * self.total_steps)
+            self.warmup_steps = math.floor(self.warmup * self.total_steps) if self.warmup else 0
 
     def progress(self, step: int) -> float:
         """Share of the sandwich phase that is over at this step, in [0, 1]; 0 where its length is unknown."""

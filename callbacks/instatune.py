@@ -26,8 +26,9 @@ from typing_extensions import override
 from lightning_nas.costs import costs as known_costs
 from lightning_nas.costs import resolve
 from lightning_nas.errors import NASError, UnsupportedError
+from lightning_nas.objectives import Cost, Limit, Maximize, Minimize, Objective
 from lightning_nas.registry import nearest
-from lightning_nas.results import Candidate, Cost, Limit, Maximize, Minimize, Objective, SearchResult
+from lightning_nas.results import Candidate, SearchResult
 from lightning_nas.space import Architecture
 from lightning_nas.strategies import Strategy, strategies
 from lightning_nas.study import search
@@ -219,8 +220,12 @@ class InstaTune(SupernetTraining):
         if trainer.is_global_zero and not quick:
             folder.mkdir(parents=True, exist_ok=True)
 
+        constraints = self._constraints(objectives, example)
+        taken = {*supernet.space.names, *(o.name for o in objectives[1:]), *(c for c in known_costs)}
+
         def evaluate(architecture: Architecture) -> dict[str, float]:
-            return self.evaluate(trainer, pl_module, architecture)
+            logged = self.evaluate(trainer, pl_module, architecture)
+            return {name: value for name, value in logged.items() if name not in taken}
 
         def run(evaluate: Callable[[Architecture], dict[str, float]]) -> SearchResult:
             return search(
@@ -232,12 +237,12 @@ class InstaTune(SupernetTraining):
                 storage="memory" if quick else (self.storage or folder / "study.log"),
                 name=f"{type(self.strategy).__name__.lower()}-{_fingerprint(supernet.model)}",
                 seed=self.seed,
-                constraints=self.constraints,
+                constraints=constraints,
                 initial=(supernet.space.largest, supernet.space.smallest),
                 progress=trainer.progress_bar_callback is not None,
             )
 
-        limits = Limit.all_of(self.constraints, "InstaTune")
+        limits = Limit.all_of(constraints, "InstaTune")
         empty = SearchResult(supernet.space, tuple(objectives), (), limits)
         self.result = _on_every_rank(trainer, run, evaluate, empty)
         if not quick:
@@ -268,6 +273,16 @@ class InstaTune(SupernetTraining):
         if not kwargs:
             return args
         return dict(inspect.signature(supernet.model.forward).bind(*args, **kwargs).arguments)
+
+    def _constraints(self, objectives: Sequence[Objective], example: Any) -> dict[Any, tuple[str, float]]:
+        """The bounds, with each named cost as the object that counts it."""
+        counted = {o.name: o.quantity for o in objectives if not isinstance(o.quantity, str)}
+        resolved: dict[Any, tuple[str, float]] = {}
+        for quantity, bound in (self.constraints or {}).items():
+            if isinstance(quantity, str) and quantity in known_costs:
+                quantity = counted.get(quantity) or resolve(quantity, self._require(), example)
+            resolved[quantity] = bound
+        return resolved
 
     # --- what the user gets
 

@@ -22,6 +22,7 @@ from lightning_nas.callbacks._networks import find_network
 from lightning_nas.callbacks._ordering import put_in_order, unsortable
 from lightning_nas.callbacks._schedule import LearningRateFactor, Phases
 from lightning_nas.callbacks._watch import Watch
+from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
@@ -130,6 +131,7 @@ class SupernetTraining(Callback):
         self._random_state: RandomState | None = None
         self._is_checked = False
         self._validation_is_due = False
+        self._warmup_was: int | None = None  # its length, once it is over
         self._moving: list[nn.Parameter] | None = (
             None  # frozen parameters that training_step moves; None: unknown
         )
@@ -164,7 +166,9 @@ class SupernetTraining(Callback):
         self._refuse(trainer, pl_module)
         if trainer.global_step == 0:
             self.ordered, self.sandwich_steps = False, 0
-            self.importance, self.watch = {}, Watch(type(self).__name__)
+            self.importance, self.watch, self._warmup_was = {}, Watch(type(self).__name__), None
+        elif self.sandwich_steps:
+            self._warmup_was = self.phases.warmup_steps
         # A network that configure_model makes does not exist yet; on_fit_start comes after it.
         self._attach(pl_module, may_be_missing=True)
 
@@ -173,20 +177,21 @@ class SupernetTraining(Callback):
         self._undo.close()  # a run that died without teardown may have left hooks behind
         self._attach(pl_module, may_be_missing=False)
         supernet = self._require()
-        self._capture = Capture(entry_of(supernet.model, pl_module), self.output or read_output)
+        entry, read = entry_of(supernet.model, pl_module), self.output or read_output
+        self._capture = Capture(entry, read, must_read=self.student_loss.needs_teacher)
         self._undo.callback(self._capture.remove)
         self._calls, self._is_checked, self._validation_is_due = [], False, False
         self._moving, self._frozen = None, []
         if (teacher := getattr(self.student_loss, "strong_teacher", None)) is not None:
-            teacher.to(pl_module.device).eval()
+            teacher.to(pl_module.device, next(supernet.model.parameters()).dtype).eval()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.phases.resolve(trainer.estimated_stepping_batches, type(self).__name__)
-        orders_later = (
-            self.trains_students and self.order and self.phases.warmup_steps > 0 and not self.ordered
-        )
-        if orders_later and (fault := unsortable(trainer)):
+        if self._warmup_was is not None:  # a longer run does not go back into a warm-up that is over
+            self.phases.warmup_steps = min(self.phases.warmup_steps, self._warmup_was)
+        orders = self.trains_students and self.order and not self.ordered
+        if orders and (fault := unsortable(trainer, at_start=self.phases.warmup_steps == 0)):
             raise UnsupportedError(f"{type(self).__name__}: {fault}.")
         if self.lr_factor != 1.0:
             self._factor = LearningRateFactor(self.lr_factor, trainer.optimizers)
@@ -222,13 +227,14 @@ class SupernetTraining(Callback):
             "ordered": self.ordered,
             "scores": {name: score.cpu() for name, score in self.importance.items()},
             "sandwich_steps": self.sandwich_steps,
+            "warmup_steps": self.phases.warmup_steps if self.ordered or self.sandwich_steps else None,
             "watch": self.watch.state_dict(),
         }
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.ordered, self.sandwich_steps = state_dict["ordered"], state_dict["sandwich_steps"]
-        self.importance = dict(state_dict["scores"])
+        self.importance, self._warmup_was = dict(state_dict["scores"]), state_dict["warmup_steps"]
         self.watch.load_state_dict(state_dict["watch"])
 
     def _attach(self, pl_module: LightningModule, may_be_missing: bool) -> None:
@@ -274,7 +280,8 @@ class SupernetTraining(Callback):
         self._validate_roles(trainer, pl_module)
         is_sandwich = self._is_sandwich(trainer)
         if is_sandwich and (self.student_loss.needs_task or not self.ordered):
-            self._step_arguments = (batch, batch_idx) if takes_batch_idx(pl_module) else (batch,)
+            # The user's step may change its batch: students get what it was before.
+            self._step_arguments = (_copied(batch), *((batch_idx,) if takes_batch_idx(pl_module) else ()))
             if self._moving is None:
                 self._frozen = [
                     (p, p.detach().clone()) for p in pl_module.parameters() if not p.requires_grad
@@ -310,7 +317,7 @@ class SupernetTraining(Callback):
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._is_checked and self._calls:
+        if not self._is_checked:
             self._check_largest(trainer, pl_module)
         if self._is_sandwich(trainer):
             self._train_students(trainer, pl_module)
@@ -323,7 +330,7 @@ class SupernetTraining(Callback):
         if self._is_sandwich(trainer):
             if self.lr_factor != 1.0:
                 self._factor.apply(optimizer)
-        elif self.order == "importance":
+        elif self.order == "importance" and not self.ordered:
             end = self.phases.warmup_steps if self.trains_students else self.phases.total_steps
             if end - trainer.global_step <= _MEASURED_STEPS:
                 self._measure_importance()
@@ -352,7 +359,7 @@ class SupernetTraining(Callback):
         that of one network.
         """
         supernet, rule = self._require(), self.student_loss
-        if not self._calls and getattr(rule, "needs_teacher", True):
+        if not self._calls and rule.needs_teacher:
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         for architecture in self.sampler.students(
@@ -394,7 +401,7 @@ class SupernetTraining(Callback):
                 outputs = [call.output for call in calls]
             else:
                 outputs = [self._run_network(call) for call in self._calls]
-            if not getattr(rule, "needs_teacher", True):
+            if not rule.needs_teacher:
                 return task
             if len(outputs) != len(self._calls):
                 raise NASError(
@@ -414,8 +421,9 @@ class SupernetTraining(Callback):
         assert self._random_state is not None  # set in on_train_batch_start
         assert self._capture is not None  # made in on_fit_start
         self._random_state.restore()
+        batch, *batch_idx = self._step_arguments
         with self._capture.on() as calls:
-            output = pl_module.training_step(*self._step_arguments)
+            output = pl_module.training_step(_copied(batch), *batch_idx)
         loss = output["loss"] if isinstance(output, Mapping) else output
         return (loss if isinstance(loss, Tensor) else None), calls
 
@@ -447,7 +455,7 @@ class SupernetTraining(Callback):
     def _agree_on_gradients(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The mean over processes: DDP's own reduction came before the students'."""
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        for dtype in {gradient.dtype for gradient in gradients}:
+        for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):  # in one order on every process
             group = [gradient for gradient in gradients if gradient.dtype == dtype]
             flat = trainer.strategy.reduce(torch.cat([g.reshape(-1) for g in group]), reduce_op="mean")
             for gradient, part in zip(group, flat.split([g.numel() for g in group]), strict=True):
@@ -456,6 +464,14 @@ class SupernetTraining(Callback):
     def _check_largest(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say whether the largest network gives the user's outputs, bit for bit, on the first batch."""
         self._is_checked = True
+        if not self._calls:
+            if self.student_loss.needs_teacher and self.trains_students:
+                rank_zero_warn(
+                    f"{type(self).__name__}: training_step did not run the network as network(...) with "
+                    "gradients on the first batch, so there is nothing to compare students with, and they "
+                    "are not trained. Call the network itself, or use students_learn_from='task'."
+                )
+            return
         supernet, call = self._require(), self._calls[0]
         with ExitStack() as stack:
             state = stack.enter_context(same_random_state(pl_module.device))
@@ -510,15 +526,12 @@ class SupernetTraining(Callback):
                     loss, _ = self._run_task(pl_module)
                 if loss is not None:
                     loss.backward()
+                    if trainer.world_size > 1:
+                        self._agree_on_gradients(trainer, pl_module)
                     self._measure_importance()
         finally:
             for parameter, gradient in zip(parameters, kept, strict=True):
                 parameter.grad = gradient
-        if trainer.world_size > 1:
-            self.importance = {
-                name: trainer.strategy.reduce(score, reduce_op="mean")
-                for name, score in self.importance.items()
-            }
 
     # --- what the user sees
 
@@ -570,3 +583,8 @@ class SupernetTraining(Callback):
         if self.trains_students:
             space = self._require().space
             self.watch.ended(trainer, space, self.sandwich_steps, self.phases.warmup_steps)
+
+
+def _copied(batch: Any) -> Any:
+    """The same nest of containers, new ones, with copies of all tensors."""
+    return apply_to_collection(batch, Tensor, Tensor.clone)

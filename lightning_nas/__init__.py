@@ -9,7 +9,8 @@ from lightning_nas.errors import (
     StudyMismatchError,
     UnsupportedError,
 )
-from lightning_nas.results import Candidate, Maximize, Minimize, SearchResult
+from lightning_nas.objectives import Maximize, Minimize
+from lightning_nas.results import Candidate, SearchResult
 from lightning_nas.sampling import Largest, Progressive, Random, Sandwich
 from lightning_nas.saving import load, save
 from lightning_nas.space import Architecture, Choice, Depth, SearchSpace

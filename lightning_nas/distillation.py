@@ -41,7 +41,7 @@ def soft_cross_entropy(student: Tensor, teacher: Tensor, temperature: float = 1.
     Its gradient in the student is that of :func:`soft_kl`.
 
     Args:
-        student: logits, ``(..., classes)``.
+        student: logits, ``(..., classes)``; with one class, the logit of a sigmoid.
         teacher: logits of the same shape; no gradient flows into them.
         temperature: above 0.
 
@@ -141,10 +141,12 @@ class StudentLoss(Protocol):
     """What a student learns from.
 
     ``needs_task``: whether the user's ``training_step`` runs once more for each student, to give ``task``.
+    ``needs_teacher``: whether outputs are compared; if not, ``student`` and ``teacher`` are not read.
     ``strong_teacher``: a frozen network, or ``None``.
     """
 
     needs_task: bool
+    needs_teacher: bool
 
     def __call__(
         self, student: Tensor, teacher: Tensor, *, task: Tensor | None, strong: Tensor | None, features: bool
@@ -184,6 +186,7 @@ class Teacher:
 
     temperature: float = 1.0
     needs_task = False
+    needs_teacher = True
 
     def __call__(
         self, student: Tensor, teacher: Tensor, *, task: Tensor | None, strong: Tensor | None, features: bool
@@ -203,6 +206,7 @@ class Task:
 
     temperature: float = 1.0
     needs_task = True
+    needs_teacher = False
 
     def __call__(
         self, student: Tensor, teacher: Tensor, *, task: Tensor | None, strong: Tensor | None, features: bool
@@ -225,6 +229,7 @@ class Both:
     temperature: float = 1.0
     weight: float = 0.5
     needs_task = True
+    needs_teacher = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight <= 1:
@@ -263,6 +268,7 @@ class InstaTuneLoss:
     temperature: float = 1.0
     strong_teacher: nn.Module | None = None
     needs_task = True
+    needs_teacher = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -300,7 +306,7 @@ def student_loss_named(
         raise ValueError(f"temperature must be above 0, got {temperature}.")
     if isinstance(rule, str):
         return student_losses[rule](temperature=temperature)  # type: ignore[call-arg]  # every named rule takes it
-    if not callable(rule) or not hasattr(rule, "needs_task"):
+    if not callable(rule) or not hasattr(rule, "needs_task") or not hasattr(rule, "needs_teacher"):
         raise TypeError(
             f"students_learn_from must be one of {', '.join(student_losses)} or a loss object such as "
             f"InstaTuneLoss(alpha=0.3), got {rule!r}."
@@ -312,6 +318,8 @@ def _distributions(where: str, student: Tensor, teacher: Tensor, temperature: fl
     if temperature <= 0:
         raise ValueError(f"{where}: temperature must be above 0, got {temperature}.")
     _check_shapes(where, student, teacher)
+    if student.shape[-1] == 1:  # the sigmoid of z is the softmax of (z, 0)
+        student, teacher = (torch.cat([z, torch.zeros_like(z)], dim=-1) for z in (student, teacher))
     # Half-precision logits lose the small probabilities that distillation is about.
     full = torch.promote_types(student.dtype, torch.float32)
     log_q = F.log_softmax(student.to(full) / temperature, dim=-1)

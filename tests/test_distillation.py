@@ -103,6 +103,14 @@ def test_instatune_gradients_agree_with_the_golden_values():
     )
 
 
+def test_one_logit_is_that_of_a_sigmoid():
+    student, teacher = logits(0, (6, 1)).requires_grad_(), logits(1, (6, 1))
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(student, teacher.sigmoid())
+    torch.testing.assert_close(soft_cross_entropy(student, teacher), expected)
+    soft_kl(student, teacher).backward()
+    torch.testing.assert_close(student.grad, (student.sigmoid() - teacher.sigmoid()).detach() / 6)
+
+
 def test_normalized_mse_is_twice_one_minus_the_cosine():
     student, teacher = logits(0).float(), logits(1).float()
     cosine = torch.nn.functional.cosine_similarity(student, teacher, dim=-1)

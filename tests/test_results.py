@@ -8,16 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_nas.results import (
-    Candidate,
-    Failure,
-    Limit,
-    Maximize,
-    Minimize,
-    SearchResult,
-    hypervolume,
-    non_dominated,
-)
+from lightning_nas.objectives import Limit, Maximize, Minimize
+from lightning_nas.results import Candidate, Failure, SearchResult, hypervolume, non_dominated
 from lightning_nas.space import Architecture, Choice, SearchSpace
 from tests import macro_table
 

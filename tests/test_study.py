@@ -12,7 +12,8 @@ import optuna
 import pytest
 
 from lightning_nas.errors import StudyMismatchError
-from lightning_nas.results import Maximize, Minimize, hypervolume, losses
+from lightning_nas.objectives import Maximize, Minimize
+from lightning_nas.results import hypervolume, losses
 from lightning_nas.space import Choice, SearchSpace
 from lightning_nas.strategies import NSGA2
 from lightning_nas.study import search

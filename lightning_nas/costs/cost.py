@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_nas.objectives import Cost
 from lightning_nas.registry import Registry
-from lightning_nas.results import Cost
 from lightning_nas.space import Value
 from lightning_nas.supernet import Supernet
 from lightning_nas.supernet.anatomy import Axis, Sizes, axis_length

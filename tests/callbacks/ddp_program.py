@@ -14,6 +14,7 @@ from tests import user_modules as users
 RUNS = {  # name -> students_learn_from, micro-batches a step
     "teacher": ("teacher", 1),
     "both": ("both", 2),
+    "at the start": ("teacher", 1),
     "search": ("both", 1),
 }
 
@@ -32,7 +33,7 @@ class Halves(pl.LightningDataModule):
 
 def run(name: str, folder: Path, **trainer) -> pl.Trainer:
     learn, accumulate = RUNS[name]
-    settings = {"warmup": 2, "students_learn_from": learn, "validate": ()}
+    settings = {"warmup": 0 if name == "at the start" else 2, "students_learn_from": learn, "validate": ()}
     if name == "search":
         callback = InstaTune(budget=4, folder=folder / "found", **settings)
     else:

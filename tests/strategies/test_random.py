@@ -1,6 +1,6 @@
 import numpy as np
 
-from lightning_nas.results import Maximize
+from lightning_nas.objectives import Maximize
 from lightning_nas.space import Choice, SearchSpace
 from lightning_nas.strategies import Random
 from lightning_nas.study import search

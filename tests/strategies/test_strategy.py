@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import optuna
 import pytest
 
-from lightning_nas.results import Maximize, Minimize
+from lightning_nas.objectives import Maximize, Minimize
 from lightning_nas.space import Choice, SearchSpace
 from lightning_nas.strategies import NSGA2, Random, strategies
 from lightning_nas.study import search
