@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/.installed
-	OMP_NUM_THREADS=2 $(RUN) -m lightning_nas.recipes.demo_vit
+	$(RUN) -m lightning_nas.recipes.demo_vit
 
 test: lint types doors
 	$(RUN) -m pytest -q -rfE --durations=15 -n 2 --dist worksteal

@@ -3,12 +3,11 @@
 On the demo's network and images, for each seed and each of three sizes, the accuracy of
 
 - the plainly fine-tuned network, sliced in its stored order and in the order of importance;
-- the pretrained network's first blocks, as many as reach that cost, trained alone for as many steps, and the
-  same depths inside a supernet whose space is depth alone;
+- the pretrained network's first blocks, as many as reach that cost, trained alone for as many steps;
 - the pretrained network cut to the subnetwork's very shape, trained alone for as many steps;
 - the subnetwork of one run with ``SupernetTraining``.
 
-Run: python benchmarks/worth_it.py --seeds 0 1 2 --page docs/worth-it.md
+Run: python benchmarks/worth_it.py --seeds '[0,1,2]' --page docs/worth-it.md
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import copy
 import re
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,9 @@ from lightning_nas.modules import ImageClassifier
 SHAPES = {  # size: blocks, heads and MLP units of each block
     "75 %": (6, 3, 192),
     "50 %": (5, 3, 128),
-    "30 %": (4, 1, 128),
+    "30 %": (4, 3, 64),
 }
-SETTINGS: dict[str, Any] = {}  # of the callback
+SETTINGS: dict[str, Any] = {"warmup": 0.15}  # of the callback
 CALLBACK = "subnetwork of the family"
 
 
@@ -86,17 +86,18 @@ class Study:
                 found[size] = self.accuracy(supernet.model)
         return found
 
-    def sliced(self) -> dict[str, dict[str, float]]:
-        """The plainly fine-tuned network, as it is and in order."""
-        plain = self.fit("plain fine-tuning", copy.deepcopy(self.start))
-        ordered = nas.Supernet(
-            copy.deepcopy(plain), order="importance", calibration=list(DataLoader(self.train, 64))[:16],
+    def sliced(self) -> dict[str, float]:
+        """The plainly fine-tuned network and its slices."""
+        self.plain = self.fit("plain fine-tuning, sliced", copy.deepcopy(self.start))
+        return self.family(nas.Supernet(copy.deepcopy(self.plain)))
+
+    def ordered(self) -> dict[str, float]:
+        """The same, in the order of importance."""
+        supernet = nas.Supernet(
+            copy.deepcopy(self.plain), order="importance", calibration=list(DataLoader(self.train, 64)),
             loss=lambda logits, batch: nn.functional.cross_entropy(logits, batch[1]),
         )  # fmt: skip
-        return {
-            "plain fine-tuning, sliced": self.family(nas.Supernet(plain)),
-            "plain fine-tuning, ordered, sliced": self.family(ordered),
-        }
+        return self.family(supernet)
 
     def subnetworks(self, **settings: Any) -> dict[str, float]:
         """One run with the callback."""
@@ -105,27 +106,6 @@ class Study:
         assert callback.supernet is not None
         return self.family(callback.supernet)
 
-    def depths(self) -> dict[str, float]:
-        """One run with the callback whose space is depth alone: the first blocks, heads and MLP whole."""
-        network = copy.deepcopy(self.start)
-        kept = {size: self.blocks(size) for size in SHAPES}
-        space = nas.supernet.default_space(
-            network, heads=None, mlp=None, depth=sorted({*kept.values(), len(network.blocks)}), keep="first"
-        )
-        callback = SupernetTraining(space=space, validate=(), seed=self.seed, sampler=nas.Sandwich(random=1))
-        self.fit("fewer blocks, one run", network, callback)
-        supernet = callback.supernet
-        assert supernet is not None
-        found = {}
-        for size, blocks in kept.items():
-            with supernet.using({"depth": blocks}):
-                found[size] = self.accuracy(network)
-        return found
-
-    def blocks(self, size: str) -> int:
-        """How many blocks reach the cost of a shape."""
-        return len(self.shallower(size).blocks)
-
     def shallower(self, size: str) -> Any:
         """The first blocks, as many as reach the cost of a shape."""
         example = self.test.tensors[0][:1]
@@ -133,15 +113,18 @@ class Study:
         macs = nas.costs.MACs(supernet, example)(uniform(supernet.space, *SHAPES[size]))
         return demo_vit.shallower(self.start, macs, example)
 
-    def alone(self) -> dict[str, dict[str, float]]:
-        """A run for each size, of a shallower network and of the subnetwork's shape."""
-        fewer, same = {}, {}
+    def alone(self) -> dict[str, float]:
+        """A run for each size: the pretrained network cut to the subnetwork's shape."""
+        found = {}
         for size, shape in SHAPES.items():
-            fewer[size] = self.accuracy(self.fit("fewer blocks, alone", self.shallower(size)))
             supernet = nas.Supernet(copy.deepcopy(self.start))
             cut = supernet.extract(uniform(supernet.space, *shape))
-            same[size] = self.accuracy(self.fit("that shape, alone", cut))
-        return {"fewer blocks, alone": fewer, "that shape, alone": same}
+            found[size] = self.accuracy(self.fit("that shape, alone", cut))
+        return found
+
+    def shallow(self) -> dict[str, float]:
+        """A run for each size: the pretrained network's first blocks."""
+        return {size: self.accuracy(self.fit("fewer blocks, alone", self.shallower(size))) for size in SHAPES}
 
 
 def uniform(space: nas.SearchSpace, depth: int, heads: int, mlp: int) -> nas.Architecture:
@@ -159,12 +142,18 @@ def run(seeds: Sequence[int], **settings: Any) -> tuple[pd.DataFrame, pd.DataFra
     rows, seconds = {}, {}
     for seed in seeds:
         study = Study(seed)
-        arms = {CALLBACK: study.subnetworks(**settings), **study.sliced()}
-        arms |= {**study.alone(), "fewer blocks, one run": study.depths()}
-        for arm, found in arms.items():
-            rows[arm, seed] = found
+        arms = {
+            CALLBACK: partial(study.subnetworks, **settings),
+            "that shape, alone": study.alone,
+            "fewer blocks, alone": study.shallow,
+            "plain fine-tuning, sliced": study.sliced,
+            "plain fine-tuning, ordered, sliced": study.ordered,
+        }
+        for arm, measure in arms.items():
+            found = rows[arm, seed] = measure()
             shown = "  ".join(f"{size} {value:5.2f}" for size, value in found.items())
-            print(f"seed {seed}  {arm:<36} {shown}", flush=True)
+            spent = f"{study.seconds[arm]:.0f} s" if arm in study.seconds else ""
+            print(f"seed {seed}  {arm:<36} {shown}  {spent}", flush=True)
         seconds[seed] = study.seconds
     table = pd.DataFrame.from_dict(rows, orient="index")[["100 %", *SHAPES]]
     table.index.names = ["arm", "seed"]

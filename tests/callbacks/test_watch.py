@@ -96,6 +96,7 @@ def test_an_alarm_says_which_options_were_never_trained():
 def test_an_alarm_says_when_students_diverge(growth):
     class Grows:
         needs_task = False
+        needs_teacher = True
         calls = 0
 
         def __call__(self, student, teacher, *, task, strong, features):
