@@ -221,7 +221,7 @@ class InstaTune(SupernetTraining):
             folder.mkdir(parents=True, exist_ok=True)
 
         constraints = self._constraints(objectives, example)
-        taken = {*supernet.space.names, *(o.name for o in objectives[1:]), *(c for c in known_costs)}
+        taken = {*supernet.space.names, *(o.name for o in objectives[1:]), *known_costs}
 
         def evaluate(architecture: Architecture) -> dict[str, float]:
             logged = self.evaluate(trainer, pl_module, architecture)

@@ -279,7 +279,7 @@ class SupernetTraining(Callback):
     ) -> None:
         self._validate_roles(trainer, pl_module)
         is_sandwich = self._is_sandwich(trainer)
-        if is_sandwich and (self.student_loss.needs_task or not self.ordered):
+        if is_sandwich and (self.student_loss.needs_task or (self.order and not self.ordered)):
             # The user's step may change its batch: students get what it was before.
             self._step_arguments = (_copied(batch), *((batch_idx,) if takes_batch_idx(pl_module) else ()))
             if self._moving is None:
