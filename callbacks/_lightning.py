@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
@@ -14,6 +15,11 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import RichProgressBar, WeightAveraging
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities.combined_loader import CombinedLoader
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import DataLoader
+
+from lightning_nas.errors import NASError
 
 __all__ = [
     "accumulates",
@@ -22,6 +28,7 @@ __all__ = [
     "has_static_graph",
     "run_validation",
     "takes_batch_idx",
+    "training_batches",
 ]
 
 
@@ -51,6 +58,43 @@ def takes_batch_idx(module: LightningModule) -> bool:
     from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 
     return bool(is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2))
+
+
+def training_batches(trainer: Trainer) -> Iterator[Any]:
+    """Batches of the training data on the module's device, from an iteration that no other one notices.
+
+    Raises:
+        NASError: if the Trainer has no training data.
+    """
+    loaders = trainer.train_dataloader
+    if loaders is None and trainer.datamodule is not None:  # type: ignore[attr-defined]
+        loaders = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
+    if loaders is None:
+        raise NASError(
+            "Batch-norm statistics of a subnetwork come from training data, and this Trainer has none: give "
+            "it a datamodule with a train_dataloader."
+        )
+    module, generators = trainer.lightning_module, []
+    for loader in tree_leaves(loaders):
+        for owner in (loader, getattr(loader, "sampler", None)):
+            if (generator := getattr(owner, "generator", None)) is not None:
+                generators.append(generator)
+    states = [generator.get_state() for generator in generators]
+    try:
+        for batch, _, _ in iter(CombinedLoader(tree_map(_another, loaders), "max_size_cycle")):
+            batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+            yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _another(loader: Any) -> Any:
+    """A loader of the same data: iterating it leaves alone the workers that the first one keeps."""
+    copied = copy(loader)
+    if isinstance(copied, DataLoader):
+        copied._iterator = None
+    return copied
 
 
 def run_validation(trainer: Trainer) -> dict[str, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,13 @@ from lightning_nas.callbacks._isolation import (
     undisturbed,
     unregularized,
 )
-from lightning_nas.callbacks._lightning import accumulates, has_static_graph, run_validation, takes_batch_idx
+from lightning_nas.callbacks._lightning import (
+    accumulates,
+    has_static_graph,
+    run_validation,
+    takes_batch_idx,
+    training_batches,
+)
 from lightning_nas.callbacks._networks import find_network
 from lightning_nas.callbacks._ordering import put_in_order, unsortable
 from lightning_nas.callbacks._schedule import LearningRateFactor, Phases
@@ -25,6 +32,7 @@ from lightning_nas.callbacks._watch import Watch
 from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from pytorch_lightning.utilities.data import extract_batch_size
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -73,6 +81,8 @@ class SupernetTraining(Callback):
         exclude: shell patterns over layer names that stay whole.
         validate: which of ``"smallest"`` and ``"random"`` are validated beside the largest after each
             validation of the sandwich phase, logged as ``<metric>/<role>``.
+        calibration_samples: how many training samples give a subnetwork its own batch-norm statistics before
+            it is validated; a network without batch norm needs none.
 
     Attributes:
         supernet: the :class:`~lightning_nas.Supernet`, as soon as the network exists. After ``fit`` its
@@ -103,6 +113,7 @@ class SupernetTraining(Callback):
         seed: int = 0,
         exclude: Sequence[str] = (),
         validate: Sequence[Literal["smallest", "random"]] = ("smallest", "random"),
+        calibration_samples: int = 2000,
     ) -> None:
         where = type(self).__name__
         if order not in ("importance", "magnitude", None):
@@ -111,6 +122,8 @@ class SupernetTraining(Callback):
             raise ValueError(f"{where}: regularize must be 'largest' or 'all', got {regularize!r}.")
         if lr_factor <= 0:
             raise ValueError(f"{where}: lr_factor must be above 0, got {lr_factor}.")
+        if calibration_samples < 1:
+            raise ValueError(f"{where}: calibration_samples must be at least 1, got {calibration_samples}.")
         if unknown := set(validate) - {"smallest", "random"}:
             raise ValueError(f"{where}: validate may name 'smallest' and 'random', got {sorted(unknown)}.")
         self.network, self.space, self.order, self.seed = network, space, order, seed
@@ -119,6 +132,7 @@ class SupernetTraining(Callback):
         self.phases = Phases(warmup)
         self.lr_factor, self.output, self.regularize = lr_factor, output, regularize
         self.exclude, self.validate = tuple(exclude), tuple(validate)
+        self.calibration_samples = calibration_samples
         self.supernet: Supernet | None = None
         self.ordered = False
         self.sandwich_steps = 0
@@ -278,6 +292,7 @@ class SupernetTraining(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._validate_roles(trainer, pl_module)
+        self._require().forget_statistics()
         is_sandwich = self._is_sandwich(trainer)
         if is_sandwich and (self.student_loss.needs_task or (self.order and not self.ordered)):
             # The user's step may change its batch: students get what it was before.
@@ -536,7 +551,7 @@ class SupernetTraining(Callback):
     # --- what the user sees
 
     def _returns_features(self) -> bool:
-        return getattr(self._require().model, "num_classes", None) == 0
+        return self._require().family.returns_features(self._require().model)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -575,7 +590,22 @@ class SupernetTraining(Callback):
             stack.enter_context(undisturbed(pl_module))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(self._require().using(architecture))
+            self._recalibrate(trainer, pl_module)
             return run_validation(trainer)
+
+    def _recalibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the active subnetwork batch-norm statistics of its own, by the user's ``training_step``."""
+        supernet, seen = self._require(), 0
+        if not supernet.is_stale:
+            return
+        agree = None if trainer.world_size == 1 else partial(trainer.strategy.reduce, reduce_op="mean")
+        with muted(pl_module), supernet.recalibrating(agree):
+            for i, batch in enumerate(training_batches(trainer)):
+                with trainer.precision_plugin.train_step_context():
+                    pl_module.training_step(batch, *((i,) if takes_batch_idx(pl_module) else ()))
+                seen += extract_batch_size(batch)
+                if seen >= self.calibration_samples:
+                    break
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -80,33 +80,34 @@ class CountTable:
 
     Args:
         fit: the space and what it decides.
-        terms: what is summed, beside ``rest``.
-        rest: a part that depends on one choice at most: its name, and a value for each of its options.
+        terms: what is summed.
+        rest: a constant beside them.
     """
 
-    def __init__(
-        self, fit: Fit, terms: Iterable[Term], rest: tuple[str | None, Sequence[int]] = (None, (0,))
-    ) -> None:
+    def __init__(self, fit: Fit, terms: Iterable[Term], rest: int = 0) -> None:
         self._fit = fit
         column = {name: j for j, name in enumerate(fit.space.names)}
-        sums: dict[tuple[int | None, tuple[int, ...]], Any] = {}
+        sums: dict[tuple[int | None, tuple[int, ...]], Any] = {(None, ()): rest}
         for term in terms:
             groups = {segment.group for axis in term.axes for segment in axis if segment.group is not None}
             chosen = sorted({column[name] for group in groups if (name := fit.sources[group]) is not None})
             key = (term.block, tuple(chosen))
             sums[key] = sums.get(key, 0) + term.count(self._grid(chosen))
-        where = () if rest[0] is None else (column[rest[0]],)
-        values = np.array(rest[1] if where else rest[1][0], dtype=np.int64)
-        sums[None, where] = sums.get((None, where), 0) + values
         self._tables = tuple(
             _Table(block, chosen, np.asarray(value, dtype=np.int64))
             for (block, chosen), value in sums.items()
         )
-        self._depth = column.get("depth")
-        depths = [{}] if self._depth is None else [{"depth": value} for value in fit.space["depth"].values]
-        self._runs = np.zeros((len(depths), fit.blocks), dtype=np.int64)
-        for row, value in enumerate(depths):
-            self._runs[row, list(fit.kept(value))] = 1
+        self._depths: list[tuple[int, int, NDArray[np.int64]]] = []  # first block, column, (options, blocks)
+        first = 0
+        for stage in fit.stages:
+            if stage.choice in fit.space:
+                values = fit.space[stage.choice].values
+                runs = np.zeros((len(values), len(stage.blocks)), dtype=np.int64)
+                for row, value in enumerate(values):
+                    runs[row, list(fit.kept_of(stage, {stage.choice: value}))] = 1
+                self._depths.append((first, column[stage.choice], runs))
+            first += len(stage.blocks)
+        self._blocks = first
 
     def _grid(self, chosen: Sequence[int]) -> dict[str, Any]:
         """The sizes of all groups, as arrays over the options of the chosen choices."""
@@ -122,9 +123,9 @@ class CountTable:
     def __call__(self, architectures: Iterable[Mapping[str, Value]]) -> NDArray[np.int64]:
         """The sum for each architecture."""
         index = self._fit.space.indices(architectures)  # -1, the last option, for an inactive choice
-        runs = self._runs[
-            index[:, self._depth] if self._depth is not None else np.zeros(len(index), dtype=np.int64)
-        ]
+        runs = np.ones((len(index), self._blocks), dtype=np.int64)
+        for first, depth, rows in self._depths:
+            runs[:, first : first + rows.shape[1]] = rows[index[:, depth]]
         total = np.zeros(len(index), dtype=np.int64)
         for table in self._tables:
             value = table.values[tuple(index[:, j] for j in table.columns)] if table.columns else table.values

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,8 +30,8 @@ class MACs:
 
     The usual figure is that of a batch of one. It equals, as an integer, half of what
     ``torch.utils.flop_counter`` counts on the extracted network with unfused attention (fused attention on a
-    CPU counts as nothing there). Blocks are counted by closed form; the stem and the head are measured once,
-    on the meta device, for each embedding width.
+    CPU counts as nothing there). What depends on the architecture is counted by closed form; how often each
+    layer works, and what it costs that never changes, is measured once, on the meta device.
 
     Example:
         >>> import timm, torch
@@ -49,20 +52,15 @@ class MACs:
 
     def __post_init__(self) -> None:
         supernet = self.supernet
-        anatomy, space = supernet.anatomy, supernet.space
-        embeds = space["embed"].values if "embed" in space else (None,)
-        rest = []
-        for embed in embeds:
-            smallest = space.architecture({**space.smallest, **({} if embed is None else {"embed": embed})})
-            total, tokens = _measured(supernet, smallest, self.example_inputs)
-            terms = [
-                Term(op.block, tokens[0] * tokens[1] ** (2 if op.per == "pair" else 1), op.axes)
-                for op in anatomy.operations
-            ]
-            rest.append(total - int(CountTable(supernet.fit, terms)([smallest])[0]))
-        object.__setattr__(
-            self, "_table", CountTable(supernet.fit, terms, (None if embeds == (None,) else "embed", rest))
-        )
+        anatomy, largest = supernet.anatomy, supernet.space.largest
+        total, works = _measured(supernet, largest, self.example_inputs)
+        terms = [
+            Term(anatomy.block_of(operation.module), works[operation.module, operation.per], operation.axes)
+            for operation in anatomy.operations
+            if (operation.module, operation.per) in works  # a block that no depth keeps has no work
+        ]
+        rest = total - int(CountTable(supernet.fit, terms)([largest])[0])
+        object.__setattr__(self, "_table", CountTable(supernet.fit, terms, rest))
 
     def __repr__(self) -> str:
         return f"MACs({type(self.supernet.model).__name__})"
@@ -78,20 +76,54 @@ class MACs:
 
 def _measured(
     supernet: Supernet, architecture: Mapping[str, Value], example: Any
-) -> tuple[int, tuple[int, int]]:
-    """Multiply-accumulates of one extracted network, and the batch and tokens that its blocks see."""
-    network = supernet.extract(architecture).to("meta").eval().requires_grad_(False)
+) -> tuple[int, dict[tuple[str, str], int]]:
+    """Multiply-accumulates of one network, and at how many positions or pairs each operation works."""
+    network = supernet.skeleton(architecture).eval().requires_grad_(False)
     supernet.family.unfuse(network)
-    seen: list[Tensor] = []
-    first = network.get_submodule(supernet.anatomy.blocks[0])
-    first.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(supernet.family.tokens(args, kwargs)), with_kwargs=True
-    )
+    works: Counter[tuple[str, str]] = Counter()
+    names = _names_in_copy(supernet, supernet.fit.kept(architecture))
+    for name, per in {(operation.module, operation.per) for operation in supernet.anatomy.operations}:
+        if (there := names(name)) is not None:
+            network.get_submodule(there).register_forward_hook(_count(works, (name, per)), with_kwargs=True)
     inputs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, example)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         _call(network, inputs)
-    return counter.get_total_flops() // 2, (seen[0].shape[0], seen[0].shape[1])
+    return counter.get_total_flops() // 2, dict(works)
+
+
+def _count(works: Counter[tuple[str, str]], key: tuple[str, str]) -> Any:
+    """A forward hook that adds up positions of the output, or pairs of tokens of the input."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        if key[1] == "pair":
+            *leading, tokens, _ = (args[0] if args else next(iter(kwargs.values()))).shape
+            works[key] += math.prod(leading) * tokens**2
+        else:
+            channels = 1 if isinstance(module, _ConvNd) else -1
+            works[key] += output.numel() // output.shape[channels]
+
+    return hook
+
+
+def _names_in_copy(supernet: Supernet, kept: tuple[int, ...]) -> Callable[[str], str | None]:
+    """Names of modules in an extracted network, whose blocks are numbered anew."""
+    anatomy = supernet.anatomy
+    renamed: dict[str, str] = {}
+    for stage in anatomy.stages:
+        container = stage.blocks[0].rpartition(".")[0]
+        runs = [block for block in stage.blocks if anatomy.blocks.index(block) in kept]
+        short = len(runs) < len(stage.blocks)
+        renamed.update((block, f"{container}.{i}" if short else block) for i, block in enumerate(runs))
+
+    def name_there(name: str) -> str | None:
+        block = anatomy.block_of(name)
+        if block is None:
+            return name
+        old = anatomy.blocks[block]
+        return renamed[old] + name[len(old) :] if old in renamed else None
+
+    return name_there
 
 
 def _call(network: nn.Module, inputs: Any) -> Any:

@@ -1,6 +1,6 @@
 """Networks in place together with their search spaces."""
 
-from lightning_nas.supernet.anatomy import Anatomy, Family, Group, Operation, Part, Segment
+from lightning_nas.supernet.anatomy import Anatomy, Family, Group, Operation, Part, Segment, Stage
 from lightning_nas.supernet.families import families, family_of, supported_networks, supports
 from lightning_nas.supernet.ordering import Permutation, permute_like
 from lightning_nas.supernet.supernet import Supernet, default_space
@@ -13,6 +13,7 @@ __all__ = [
     "Part",
     "Permutation",
     "Segment",
+    "Stage",
     "Supernet",
     "default_space",
     "families",

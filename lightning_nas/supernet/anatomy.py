@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Protocol, TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_nas.space import SearchSpace
 
-__all__ = ["Anatomy", "Axis", "Family", "Group", "Operation", "Part", "Segment", "Sizes", "axis_length"]
+__all__ = [
+    "Anatomy",
+    "Axis",
+    "Family",
+    "Group",
+    "Operation",
+    "Part",
+    "Segment",
+    "Sizes",
+    "Stage",
+    "axis_length",
+]
 
 Sizes: TypeAlias = Mapping[str, Any]
 """Units in use by the name of their group: ints, or integer arrays where many architectures are counted."""
@@ -23,12 +35,14 @@ class Segment:
     Args:
         units: how many units the whole network has.
         size: entries a unit (a head of 64 rows: 64).
-        group: the group whose size says how many of the units are used, the first ones; None: always all.
+        group: the group whose size says how many of the units are used; None: always all.
+        centred: whether the units used are the middle ones (a kernel's) and not the first ones.
     """
 
     units: int
     size: int = 1
     group: str | None = None
+    centred: bool = False
 
     def used(self, sizes: Sizes) -> Any:  # int or array, as the sizes are
         """Entries in use."""
@@ -51,8 +65,10 @@ class Group:
     Args:
         name: unique within the network (``"layers.3.heads"``).
         units: how many the whole network has.
-        choices: names of choices that may decide how many are used; the first one that the space has does.
+        choices: names of choices that may decide how many are used, from the group's own to the one it shares
+            with most others; the first one that the space has does. Empty: always all.
         targets: names of the modules it belongs to, for patterns that exclude.
+            The first one tells the block that the group lives in, if it lives in one.
         way_out: (module, parameter) whose columns carry the units' contribution on, from which importance is
             read; None for a group whose order is fixed.
     """
@@ -66,11 +82,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Part:
-    """A module whose parameters or attributes depend on the architecture.
+    """A module whose parameters, buffers or attributes depend on the architecture.
 
     Args:
         module: its name within the network; empty for the network itself.
-        axes: for each of its parameters that is sliced, one axis a dimension.
+        axes: for each of its parameters and buffers that is sliced, one axis a dimension.
         attributes: plain attributes that follow (``num_heads``), each a function of the sizes.
     """
 
@@ -81,17 +97,33 @@ class Part:
 
 @dataclass(frozen=True)
 class Operation:
-    """A product inside a block: one multiply-accumulate for each token (or pair of tokens) and entry.
+    """A product: one multiply-accumulate for each place where its module works, and each entry of its axes.
 
     Args:
-        block: index of the block it belongs to.
-        per: ``"token"`` for a linear layer, ``"pair"`` for scores of every token against every token.
+        module: whose work it is; it runs, or not, with its block.
+        per: ``"position"`` for a linear layer or convolution (a token, a pixel of its output), ``"pair"`` for
+            scores of every token of its input ``(..., tokens, width)`` against every token.
         axes: the other dimensions of the product.
     """
 
-    block: int
-    per: Literal["token", "pair"]
+    module: str
+    per: Literal["position", "pair"]
     axes: tuple[Axis, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of blocks, equal in the shape of what goes in and out, of which a choice may drop some.
+
+    Args:
+        choice: its name: ``"depth"`` where the network is one stage, ``"stages.2.depth"`` of several.
+        blocks: names of the modules in the order they run: the children of one container, all of them.
+        fixed: indices of blocks that must always run (one that changes the resolution).
+    """
+
+    choice: str
+    blocks: tuple[str, ...]
+    fixed: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,16 +131,21 @@ class Anatomy:
     """Everything the engine must know about one model.
 
     Args:
-        blocks: names of the modules that the choice ``"depth"`` may drop, in the order they run.
+        stages: in the order they run.
         groups: by name.
         parts: modules that change with the architecture.
-        operations: multiply-accumulates inside the blocks, all of them.
+        operations: multiply-accumulates that change with the architecture, all of them.
     """
 
-    blocks: tuple[str, ...]
+    stages: tuple[Stage, ...]
     groups: Mapping[str, Group]
     parts: tuple[Part, ...]
     operations: tuple[Operation, ...]
+
+    @cached_property
+    def blocks(self) -> tuple[str, ...]:
+        """The names of the blocks of all stages; a block's index is its place here."""
+        return tuple(block for stage in self.stages for block in stage.blocks)
 
     @property
     def whole(self) -> dict[str, int]:
@@ -118,18 +155,32 @@ class Anatomy:
     @property
     def limits(self) -> dict[str, int]:
         """The largest value that each choice could have in this network."""
-        limits = {"depth": len(self.blocks)}
+        limits = {stage.choice: len(stage.blocks) for stage in self.stages}
         for group in self.groups.values():
             for choice in group.choices:
                 limits[choice] = min(group.units, limits.get(choice, group.units))
         return limits
 
+    def stage_of(self, block: int) -> Stage:
+        """The stage that holds the block with this index."""
+        return next(stage for stage in self.stages if self.blocks[block] in stage.blocks)
+
     def block_of(self, module: str) -> int | None:
         """The index of the block that holds a module; None for one that always runs."""
-        for i, block in enumerate(self.blocks):
-            if module == block or module.startswith(f"{block}."):
-                return i
+        while module:
+            if module in self._index:
+                return self._index[module]
+            module = module.rpartition(".")[0]
         return None
+
+    def block_of_choice(self, name: str) -> int | None:
+        """The index of the one block that a choice decides about; None if it is about more, or about none."""
+        blocks = {self.block_of(group.targets[0]) for group in self.groups.values() if name in group.choices}
+        return blocks.pop() if len(blocks) == 1 else None
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {name: i for i, name in enumerate(self.blocks)}
 
 
 class Family(Protocol):
@@ -148,7 +199,7 @@ class Family(Protocol):
         """The space that a preset's name stands for in this model, changed by the family's own options."""
 
     def trim(self, model: nn.Module, kept: tuple[int, ...], sizes: Sizes) -> None:
-        """Leave only the kept blocks in a plain copy, and set what else depends on the architecture."""
+        """Set what a plain copy records about itself (its config); only the kept blocks are left in it."""
 
     def unfuse(self, model: nn.Module) -> None:
         """Make attention visible to operation counters, in place."""
@@ -156,5 +207,5 @@ class Family(Protocol):
     def output(self, model: nn.Module, batch: Any) -> Any:
         """Call the model with one batch of the user's loader."""
 
-    def tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-        """The ``(batch, tokens, width)`` input of a block, from the arguments it was called with."""
+    def returns_features(self, model: nn.Module) -> bool:
+        """Whether the model has no head, so that its output is no logits."""

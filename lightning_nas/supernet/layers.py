@@ -22,12 +22,13 @@ __all__ = [
     "mask_of",
     "state_of",
     "take",
+    "tensor_of",
 ]
 
 DimCut: TypeAlias = "int | tuple[int, int] | tuple[tuple[int, int], ...] | None"
 Cut: TypeAlias = "tuple[DimCut, ...] | None"
 """For each dimension: None, all of it; k, the first k; (p, k), the first k of each of p equal pieces; or
-(start, length) pairs. None for all of the parameter."""
+(start, length) pairs. None for all of the tensor."""
 
 
 def cut_of(axes: tuple[Axis, ...], sizes: Sizes) -> Cut:
@@ -39,8 +40,10 @@ def cut_of(axes: tuple[Axis, ...], sizes: Sizes) -> Cut:
 def _dim_cut(axis: Axis, sizes: Sizes) -> DimCut:
     if len(axis) == 1:
         segment = axis[0]
-        used = segment.used(sizes)
-        return None if used == segment.units * segment.size else int(used)
+        whole, used = segment.units * segment.size, int(segment.used(sizes))
+        if used == whole:
+            return None
+        return (((whole - used) // 2, used),) if segment.centred else used
     if all(segment.group is None or sizes[segment.group] == segment.units for segment in axis):
         return None
     if axis.count(axis[0]) == len(axis):
@@ -76,7 +79,8 @@ def take(parameter: Tensor, cut: Cut) -> Tensor:
                 parameter.unflatten(dim, (kept[0], -1)).narrow(dim + 1, 0, kept[1]).flatten(dim, dim + 1)
             )
         else:
-            parameter = torch.cat([parameter.narrow(dim, start, length) for start, length in kept], dim)
+            pieces = [parameter.narrow(dim, start, length) for start, length in kept]
+            parameter = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
     return parameter
 
 
@@ -94,7 +98,9 @@ class State:
 
     def __init__(self, original: type[nn.Module], attributes: dict[str, Any]) -> None:
         self.original, self.attributes = original, attributes
-        self.cuts: dict[str, Cut] = {}  # by slicing: what is left of each parameter
+        self.cuts: dict[str, Cut] = {}  # by slicing: what is left of each parameter and buffer
+        self.values: dict[str, Tensor] = {}  # what is read in place of buffers: a subnetwork's own statistics
+        self.watch: Callable[[nn.Module], None] | None = None  # of a batch norm: told when it reads them
         self.is_dropped = False  # by slicing: whether a block returns its input
         self.mask: Tensor | None = (
             None  # by masking: entries of a layer's input in use, or whether a block runs
@@ -102,12 +108,12 @@ class State:
 
 
 def make_sliced(
-    module: nn.Module, parameters: tuple[str, ...], attributes: tuple[str, ...], is_block: bool
+    module: nn.Module, tensors: tuple[str, ...], attributes: tuple[str, ...], is_block: bool
 ) -> None:
-    """Swap a module's class for one that reads slices of parameters, and returns its input when dropped."""
+    """Swap a module's class for one that reads slices of its tensors, and returns its input when dropped."""
     original: Any = type(module)
     state = State(original, {name: getattr(module, name) for name in attributes})
-    _become(module, _sliced(original, parameters, is_block), state)
+    _become(module, _sliced(original, tensors, is_block), state)
 
 
 def make_masked(module: nn.Module, is_block: bool) -> None:
@@ -139,24 +145,52 @@ def _become(module: Any, cls: type[nn.Module], state: State | None) -> None:
         module._elastic = state
 
 
+def tensor_of(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer as the whole network has it."""
+    parameter = module._parameters.get(name)
+    return module._buffers.get(name) if parameter is None else parameter
+
+
 @cache
-def _sliced(original: Any, parameters: tuple[str, ...], is_block: bool) -> type[nn.Module]:
+def _sliced(original: Any, tensors: tuple[str, ...], is_block: bool) -> type[nn.Module]:
     # Properties, so that the layer's own forward runs: whatever it computes, it computes with the slices.
-    members: dict[str, Any] = {name: property(_reader(name)) for name in parameters}
+    members: dict[str, Any] = {name: property(_reader(name)) for name in tensors}
     if is_block:
 
-        def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            return x if self._elastic.is_dropped else original.forward(self, x, *args, **kwargs)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._elastic.is_dropped:
+                return _first(args, kwargs)
+            return original.forward(self, *args, **kwargs)
 
-        members["forward"] = forward
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:  # a block that does not run calls no hooks
+            if self._elastic.is_dropped:
+                return _first(args, kwargs)
+            return original.__call__(self, *args, **kwargs)
+
+        members |= {"forward": forward, "__call__": call}
     return _subclass(original, members)
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a block changes: its first argument."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _reader(name: str) -> Callable[[Any], Tensor | None]:
     def read(self: Any) -> Tensor | None:
-        parameter = self._parameters[name]
-        cut = self._elastic.cuts.get(name)
-        return parameter if cut is None or parameter is None else take(parameter, cut)
+        state = self._elastic
+        if state.watch is not None and name == "running_mean":
+            state.watch(self)
+        tensor = tensor_of(self, name)
+        stand_in: Tensor | None = state.values.get(name)
+        if tensor is None:
+            return None
+        if stand_in is not None:
+            if stand_in.device != tensor.device:
+                stand_in = state.values[name] = stand_in.to(tensor.device)
+            return stand_in
+        cut = state.cuts.get(name)
+        return tensor if cut is None else take(tensor, cut)
 
     return read
 
@@ -165,8 +199,11 @@ def _reader(name: str) -> Callable[[Any], Tensor | None]:
 def _masked(original: Any, is_block: bool) -> type[nn.Module]:
     is_centred = issubclass(original, nn.LayerNorm)
 
-    def block(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return torch.where(_mask(self, x), original.forward(self, x, *args, **kwargs), x)
+    def block(self: Any, *args: Any, **kwargs: Any) -> Any:
+        x, changed = _first(args, kwargs), original.forward(self, *args, **kwargs)
+        if isinstance(changed, tuple):  # the change comes first, then what is recorded on the way
+            return (torch.where(_mask(self, x), changed[0], x), *changed[1:])
+        return torch.where(_mask(self, x), changed, x)
 
     def linear(self: Any, x: Tensor) -> Any:
         return original.forward(self, torch.where(_mask(self, x), x, 0.0))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nas.supernet.anatomy import Anatomy, Axis, Group
+from lightning_nas.supernet.layers import tensor_of
 
 __all__ = ["Permutation", "magnitude_scores", "permute_like", "reorder", "taylor_scores", "ways_out"]
 
@@ -97,8 +98,8 @@ def reorder(
     for part in anatomy.parts:
         owner = model.get_submodule(part.module)
         for name, axes in part.axes.items():
-            parameter = owner._parameters[name]
-            if parameter is None or parameter in done:
+            tensor = tensor_of(owner, name)
+            if tensor is None or tensor in done:
                 continue
             moves = [
                 Permutation(dim, _index(axis, orders))
@@ -106,10 +107,11 @@ def reorder(
                 if _moves(axis, orders)
             ]
             if moves:
-                permute_like(parameter, moves)
-                if parameter.grad is not None:
-                    permute_like(parameter.grad, moves)
-                done[parameter] = moves
+                permute_like(tensor, moves)
+                if isinstance(tensor, nn.Parameter):
+                    if tensor.grad is not None:
+                        permute_like(tensor.grad, moves)
+                    done[tensor] = moves
     return done
 
 
@@ -132,18 +134,19 @@ def _way_out(model: nn.Module, group: Group) -> tuple[str, nn.Parameter]:
 
 
 def _by_unit(anatomy: Anatomy, group: Group, values: Tensor) -> Tensor:
-    """The columns of a way out, ``(units, rows times columns of a unit)``."""
+    """The entries of a way out by the unit they come from, ``(units, entries of a unit)``."""
     module, name = group.way_out or ("", "")
-    axis = next(part for part in anatomy.parts if part.module == module).axes[name][1]
-    start = 0
-    for segment in axis:
-        length = segment.units * segment.size
-        if segment.group == group.name:
-            columns = values[:, start : start + length]
-            by_unit: Tensor = columns.reshape(len(values), segment.units, segment.size).transpose(0, 1)
-            return by_unit.flatten(1)
-        start += length
-    raise KeyError(group.name)
+    axes = next(part for part in anatomy.parts if part.module == module).axes[name]
+    dim, start = next(
+        (dim, sum(s.units * s.size for s in axis[:place]))
+        for dim, axis in enumerate(axes)
+        for place, segment in enumerate(axis)
+        if segment.group == group.name
+    )
+    per_unit = next(segment for segment in axes[dim] if segment.group == group.name).size
+    columns = values.narrow(dim, start, group.units * per_unit).movedim(dim, 0)
+    by_unit: Tensor = columns.reshape(group.units, -1)
+    return by_unit
 
 
 def _moves(axis: Axis, orders: Mapping[str, Tensor]) -> bool:

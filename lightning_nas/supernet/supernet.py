@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,11 +11,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_nas.errors import NASError, UnsupportedError
 from lightning_nas.space import Architecture, SearchSpace, Value
 from lightning_nas.supernet import ordering
-from lightning_nas.supernet.anatomy import Anatomy, Axis, Family, Part
+from lightning_nas.supernet.anatomy import Anatomy, Axis, Family, Part, Stage
 from lightning_nas.supernet.families import family_of
 from lightning_nas.supernet.fitting import Fit, fit_space
 from lightning_nas.supernet.layers import (
@@ -26,8 +28,10 @@ from lightning_nas.supernet.layers import (
     mask_of,
     state_of,
     take,
+    tensor_of,
 )
 from lightning_nas.supernet.ordering import Permutation
+from lightning_nas.supernet.statistics import BUFFERS, Statistics, Values, fresh, stale, tracks_statistics
 
 __all__ = ["Supernet", "default_space"]
 
@@ -101,6 +105,8 @@ class Supernet:
         self.execution: Literal["slice", "mask"] = execution
         self.family, self.anatomy, self.fit = _plan(self.model, space, exclude)
         self._modules: list[tuple[nn.Module, Part, int | None]] = []
+        self._norms = {name: m for name, m in self.model.named_modules() if tracks_statistics(m)}
+        self._statistics = Statistics()
         self._is_released = False
         if order is not None:
             self.reorder(
@@ -179,36 +185,62 @@ class Supernet:
         """
         self._refuse_if_released("extract")
         canonical = self.space.canonical(architecture)
+        if self._norms and canonical != self.space.largest and self._statistics.of(canonical.key) is None:
+            warnings.warn(stale("the extracted network"), stacklevel=2)
+        return self._copied(canonical)
+
+    def skeleton(self, architecture: Mapping[str, Value]) -> nn.Module:
+        """What :meth:`extract` gives, without weights: all tensors are on the meta device. To count with."""
+        self._refuse_if_released("skeleton")
+        return self._copied(self.space.canonical(architecture), "meta")
+
+    def _copied(self, canonical: Architecture, device: str | None = None) -> nn.Module:
         sizes, kept = self.fit.sizes(canonical), self.fit.kept(canonical)
         dropped = {i for i in range(len(self.anatomy.blocks)) if i not in kept}
-        memo: dict[
-            int, Any
-        ] = {}  # what deepcopy finds here it takes as the copy: only slices are ever copied
+        # What deepcopy finds in the memo it takes as the copy: only slices are ever copied, and no hooks.
+        memo: dict[int, Any] = {}
         for module in self.model.modules():
             memo.update(
                 (id(module.__dict__[name]), OrderedDict()) for name in _HOOKS if name in module.__dict__
             )
         for i in dropped:
             memo[id(self.model.get_submodule(self.anatomy.blocks[i]))] = nn.Identity()
-        for part in self.anatomy.parts:
-            if self.anatomy.block_of(part.module) in dropped:
-                continue
+        parts = [part for part in self.anatomy.parts if self.anatomy.block_of(part.module) not in dropped]
+        for part in parts:
+            module = self.model.get_submodule(part.module)
             for name, axes in part.axes.items():
-                parameter = self.model.get_submodule(part.module)._parameters[name]
-                if parameter is not None and (cut := cut_of(axes, sizes)) is not None:
-                    weights = take(parameter.detach(), cut).clone()
-                    memo[id(parameter)] = nn.Parameter(weights, requires_grad=parameter.requires_grad)
+                tensor, cut = tensor_of(module, name), cut_of(axes, sizes)
+                if tensor is not None and cut is not None:
+                    memo[id(tensor)] = _like(tensor, take(tensor.detach(), cut).clone())
+        statistics = self._statistics.of(canonical.key) if canonical != self.space.largest else None
+        for name, values in (statistics or {}).items():
+            memo.update(
+                (id(self._norms[name]._buffers[buffer]), self._cut(name, buffer, value, sizes).clone())
+                for buffer, value in values.items()
+            )
+        if device is not None:
+            for tensor in (*self.model.parameters(), *self.model.buffers()):
+                memo[id(tensor)] = _like(tensor, memo.get(id(tensor), tensor).detach().to(device))
         plain = copy.deepcopy(self.model, memo)
-        for part in self.anatomy.parts:
-            if self.anatomy.block_of(part.module) not in dropped:
-                module = plain.get_submodule(part.module)
-                make_plain(module)
-                for name, value in part.attributes.items():
-                    setattr(module, name, value(sizes))
+        for part in parts:
+            module = plain.get_submodule(part.module)
+            make_plain(module)
+            for name, value in part.attributes.items():
+                setattr(module, name, value(sizes))
         for module in plain.modules():
             make_plain(module)
+        for stage in self.anatomy.stages:
+            _shorten(plain, stage, self.fit.kept_of(stage, canonical))
         self.family.trim(plain, kept, sizes)
         return plain
+
+    def _cut(self, norm: str, buffer: str, value: Tensor, sizes: Mapping[str, Any]) -> Tensor:
+        """A statistic at the width that its norm has at these sizes; masked execution keeps whole ones."""
+        part = next((part for part in self.anatomy.parts if part.module == norm), Part(norm))
+        whole = self._norms[norm]._buffers[buffer]
+        if buffer not in part.axes or whole is None or value.shape != whole.shape:
+            return value
+        return take(value, cut_of(part.axes[buffer], sizes))
 
     def release(self) -> None:
         """Give the user the model back as it was, with today's weights. A second call does nothing."""
@@ -216,6 +248,94 @@ class Supernet:
             make_plain(module)
         self._modules.clear()
         self._is_released = True
+
+    # --- batch-norm statistics
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the active subnetwork runs on batch-norm statistics that are not its own."""
+        return bool(self._norms) and self._statistics.are_stale
+
+    def recalibrate(self, batches: Iterable[Any], samples: int = 2000) -> None:
+        """Give the active subnetwork batch-norm statistics of its own: reset, then averaged over batches.
+
+        They are kept for its architecture, for :meth:`activate` and :meth:`extract`, until the network is
+        trained on. The largest network keeps those that training gave it, and a network without batch norm
+        needs none: both are left as they are.
+
+        Args:
+            batches: of training data, as for ``calibration``; as many as are needed are taken.
+            samples: how many, at least.
+
+        Raises:
+            ValueError: if there is no batch, or ``samples`` is below 1.
+
+        Reference: Yu et al., BigNAS, ECCV 2020, section 3.4; Cai et al., Once-for-All, use 2,000 images.
+        """
+        if samples < 1:
+            raise ValueError(f"Supernet.recalibrate: samples must be at least 1, got {samples}.")
+        seen = 0
+        with self.recalibrating() as model:
+            for batch in batches:
+                output = self.family.output(model, batch)
+                seen += len(next(t for t in tree_leaves((batch, output)) if isinstance(t, Tensor) and t.ndim))
+                if seen >= samples:
+                    break
+
+    @contextmanager
+    def recalibrating(self, agree: Callable[[Tensor], Tensor] | None = None) -> Iterator[nn.Module]:
+        """The same for forward passes that the caller makes inside the ``with`` block, without gradients.
+
+        Args:
+            agree: makes one statistic the same on all processes, where there are several: their mean.
+
+        Raises:
+            ValueError: at its end, if no pass was made.
+        """
+        self._refuse_if_released("recalibrating")
+        if not self._norms or self._active == self.space.largest:
+            yield self.model
+            return
+        kept = set(self.fit.kept(self._active))
+        running = {n: m for n, m in self._norms.items() if self.anatomy.block_of(n) in {None, *kept}}
+        modes = [(module, module.training) for module in self.model.modules()]
+        momenta = [(norm, norm.momentum) for norm in running.values()]
+        self.model.eval()
+        for name, norm in running.items():
+            norm.train()
+            norm.momentum = None  # type: ignore[assignment]  # the plain average over batches
+            state_of(norm).values = fresh(self._own_values(name, norm))
+        self._statistics.is_recalibrating = True
+        try:
+            with torch.no_grad():
+                yield self.model
+            values = {name: state_of(norm).values for name, norm in running.items()}
+            if any(int(value["num_batches_tracked"]) == 0 for value in values.values()):
+                raise ValueError(
+                    "Supernet.recalibrate: at least one batch is needed, and it must run the whole network."
+                )
+            if agree is not None:
+                for statistics in values.values():
+                    statistics.update({name: agree(statistics[name]) for name in BUFFERS[:2]})
+            self._statistics.learn(self._active.key, values)
+        finally:
+            self._statistics.is_recalibrating = False
+            for norm, momentum in momenta:
+                norm.momentum = momentum
+            for module, training in modes:
+                module.training = training
+            self._apply(self._active)
+
+    def forget_statistics(self) -> None:
+        """Let every recalibration count for nothing, since the weights have changed."""
+        if self._norms and not self._is_released:
+            self._statistics.forget()
+            self._apply(self._active)
+
+    def _own_values(self, name: str, norm: nn.Module) -> Values:
+        cuts = state_of(norm).cuts
+        buffers = {buffer: norm._buffers.get(buffer) for buffer in BUFFERS}
+        return {b: take(t, cuts.get(b)).clone() for b, t in buffers.items() if t is not None}
 
     # --- order
 
@@ -254,6 +374,7 @@ class Supernet:
             ValueError: for an unknown group, a wrong number of scores, or one that is not finite.
         """
         self._refuse_if_released("reorder")
+        self._statistics.forget()
         return ordering.reorder(self.anatomy, self.model, scores)
 
     # --- how it is done
@@ -269,9 +390,14 @@ class Supernet:
         blocks = {self.anatomy.blocks[i]: i for i in self.fit.droppable}
         parts = {part.module: part for part in self.anatomy.parts if self.fit.varies(part)}
         self._modules = []
-        for name in [*blocks, *(name for name in parts if name not in blocks)]:
+        norms = self._norms if parts or blocks else {}
+        for name in dict.fromkeys([*blocks, *parts, *norms]):
             module, part = self.model.get_submodule(name), parts.get(name, Part(name))
-            if self.execution == "slice":
+            if name in norms:
+                tensors = tuple(part.axes) if self.execution == "slice" else ()
+                make_sliced(module, tuple(dict.fromkeys((*tensors, *BUFFERS))), tuple(part.attributes), False)
+                state_of(module).watch = self._statistics.watch
+            elif self.execution == "slice":
                 make_sliced(module, tuple(part.axes), tuple(part.attributes), name in blocks)
             elif name in blocks or self._input_axis(module, part) is not None:
                 make_masked(module, name in blocks)
@@ -284,13 +410,21 @@ class Supernet:
         for module, part, block in self._modules:
             state = state_of(module)
             if self.execution == "mask":
-                axis = self._input_axis(module, part)
-                state.mask = torch.tensor(block in kept) if axis is None else mask_of(axis, sizes)
+                if state.watch is None:
+                    axis = self._input_axis(module, part)
+                    state.mask = torch.tensor(block in kept) if axis is None else mask_of(axis, sizes)
                 continue
             state.cuts = {name: cut_of(axes, sizes) for name, axes in part.axes.items()}
             state.is_dropped = block is not None and block not in kept
             for name, value in part.attributes.items():
                 setattr(module, name, value(sizes))
+        if self._norms and self._modules:
+            known = self._statistics.use(None if architecture == self.space.largest else architecture.key)
+            for name, norm in self._norms.items():
+                if architecture == self.space.largest:
+                    state_of(norm).values = {}
+                else:
+                    state_of(norm).values = (known or {}).get(name) or self._own_values(name, norm)
 
     def _input_axis(self, module: nn.Module, part: Part) -> Axis | None:
         """The axis of what flows into a layer, where it is elastic: what mask execution masks."""
@@ -348,7 +482,7 @@ def default_space(
         model: a network of a supported family, not elastic.
         preset: the name of one of the family's spaces.
         exclude: as in :class:`Supernet`.
-        **options: what the family lets one choose (for vision transformers see ``vit_space``).
+        **options: what to choose, as in :func:`~lightning_nas.supernet.spaces.relative_space`.
 
     Raises:
         UnsupportedError: for a network or a layer inside that cannot be sliced.
@@ -382,12 +516,31 @@ def _plan(
 
 def _refuse_shared(model: nn.Module, anatomy: Anatomy) -> None:
     owners: dict[int, str] = {}
+    axes_of: dict[str, tuple[Axis, ...]] = {}
     for part in anatomy.parts:
-        for name in part.axes:
-            parameter = model.get_submodule(part.module)._parameters[name]
+        for name, axes in part.axes.items():
+            tensor = tensor_of(model.get_submodule(part.module), name)
             here = f"{part.module}.{name}".lstrip(".")
-            if parameter is not None and owners.setdefault(id(parameter), here) != here:
+            axes_of[here] = axes
+            if tensor is not None and axes_of[owners.setdefault(id(tensor), here)] != axes:
                 raise UnsupportedError(
-                    f"Supernet: {owners[id(parameter)]} and {here} are one parameter, and shared weights "
+                    f"Supernet: {owners[id(tensor)]} and {here} are one parameter, and shared weights "
                     "cannot be sliced in two ways. Untie them, for example with copy.deepcopy of one layer."
                 )
+
+
+def _like(tensor: Tensor, values: Tensor) -> Tensor:
+    """New values for a parameter, as a parameter, or for a buffer."""
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(values, requires_grad=tensor.requires_grad)
+    return values
+
+
+def _shorten(model: nn.Module, stage: Stage, kept: tuple[int, ...]) -> None:
+    """Leave only the kept blocks in a stage's container, numbered anew."""
+    if len(kept) == len(stage.blocks):
+        return
+    container: Any = model.get_submodule(stage.blocks[0].rpartition(".")[0])
+    blocks = [model.get_submodule(stage.blocks[i]) for i in kept]
+    container._modules.clear()
+    container._modules.update((str(i), block) for i, block in enumerate(blocks))

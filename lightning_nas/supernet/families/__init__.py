@@ -1,7 +1,13 @@
-"""The kinds of networks that can become supernets, found by the class of the model."""
+"""The kinds of networks that can become supernets, found by the class of the model.
+
+Each family is one file, ``<library>_<family>.py``, that registers the classes of its networks. All files of a
+library are imported when the first network of that library comes, and none before.
+"""
 
 from __future__ import annotations
 
+import pkgutil
+import sys
 from importlib import import_module
 
 from torch import nn
@@ -13,11 +19,6 @@ from lightning_nas.supernet.layers import Elastic
 
 __all__ = ["families", "family_of", "supported_networks", "supports"]
 
-_SHIPPED = {  # class of a network -> module that registers its family, imported when such a network comes
-    "timm.models.vision_transformer.VisionTransformer": "lightning_nas.supernet.families.timm_vit",
-    "timm.models.deit.VisionTransformerDistilled": "lightning_nas.supernet.families.timm_vit",
-}
-
 families: Registry[Family] = Registry("network")
 """Full names of network classes to their family; ``families.register("package.Net")(family)`` adds one."""
 
@@ -28,8 +29,11 @@ def supports(model: nn.Module) -> bool:
 
 
 def supported_networks() -> tuple[str, ...]:
-    """The full names of the network classes that have a family."""
-    return tuple(sorted({*families, *_SHIPPED}))
+    """The full names of the network classes that have a family, of the libraries that are in use."""
+    for library in _files_by_library():
+        if library in sys.modules:
+            _import_families(library)
+    return tuple(sorted(families))
 
 
 def family_of(model: nn.Module) -> Family:
@@ -46,20 +50,35 @@ def family_of(model: nn.Module) -> Family:
             f"{nearest(type(model).__name__, known)} Give the network inside your module, or add a family "
             "with lightning_nas.supernet.families.register."
         )
-    if name not in families:
-        import_module(_SHIPPED[name])
     return families[name]
 
 
 def _registered_name(model: nn.Module) -> str | None:
+    libraries = _files_by_library()
     for cls in type(model).__mro__:
         if issubclass(cls, Elastic):
             continue
-        if _full_name(cls) in {*families, *_SHIPPED}:
+        library = cls.__module__.partition(".")[0]
+        if library in libraries:
+            _import_families(library)
+        if _full_name(cls) in families:
             return _full_name(cls)
-        if cls.__module__.partition(".")[0] in ("timm", "transformers"):
+        if library in libraries:
             return None  # a library's own variant is another network, a user's subclass his way of calling it
     return None
+
+
+def _files_by_library() -> dict[str, list[str]]:
+    files: dict[str, list[str]] = {}
+    for module in pkgutil.iter_modules(__path__):
+        if not module.name.startswith("_"):
+            files.setdefault(module.name.partition("_")[0], []).append(module.name)
+    return files
+
+
+def _import_families(library: str) -> None:
+    for file in _files_by_library()[library]:
+        import_module(f"{__name__}.{file}")
 
 
 def _full_name(cls: type) -> str:

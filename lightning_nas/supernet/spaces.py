@@ -1,0 +1,109 @@
+"""Spaces made from what a network is: options as shares of its own sizes, or as absolute numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+from lightning_nas.registry import nearest
+from lightning_nas.space import Choice, Depth, SearchSpace
+from lightning_nas.supernet.anatomy import Anatomy
+
+__all__ = ["Options", "relative_space"]
+
+Options: TypeAlias = "Sequence[float | int] | None"
+"""Shares of the network's own size where they are floats in (0, 1], absolute sizes where they are ints;
+None or empty: whole."""
+
+
+def relative_space(
+    anatomy: Anatomy,
+    *,
+    depth: Options = None,
+    keep: str | Mapping[int, Sequence[int]] = "spread",
+    shared: bool = False,
+    **options: Options,
+) -> SearchSpace:
+    """A space for one network.
+
+    Shares are rounded to whole units, at least one. A choice that would only say "whole" is left out.
+
+    Args:
+        anatomy: of the network.
+        depth: options for the number of blocks that run in each stage; None: all from two thirds up; ``()``:
+            whole.
+        keep: which blocks of a stage run: ``"spread"`` drops blocks evenly spaced behind the first one,
+            ``"first"`` keeps the first ones, a mapping gives for each depth the indices kept.
+        shared: one choice for all blocks (``"heads"``) in place of one each (``"layers.3.heads"``).
+        **options: for each kind of choice, its last name (``heads=(0.5, 1.0), mlp=(256, 512)``), what every
+            choice of that kind offers. Kinds that are not named stay whole.
+
+    Returns:
+        The space.
+
+    Raises:
+        ValueError: for a kind that the network does not have, a size beyond it, a share outside (0, 1], an
+            unknown ``keep``, or if nothing is left to choose.
+    """
+    groups = [group for group in anatomy.groups.values() if group.choices]
+    kinds = {_kind(name) for group in groups for name in group.choices}
+    for kind in options:
+        if kind not in kinds:
+            raise ValueError(
+                f"relative_space: there is nothing called {kind!r} to choose in this network. "
+                f"{nearest(kind, {*kinds, 'depth', 'keep', 'shared'})}"
+            )
+    choices: list[Choice] = []
+    runs: set[str] = set()
+    for stage in anatomy.stages:
+        total = len(stage.blocks)
+        wanted = tuple(range(math.ceil(total * 2 / 3), total + 1)) if depth is None else depth
+        offered = _offered("depth", wanted, total)
+        kept = {d: _kept(keep, d, total) for d in offered or (total,)}
+        runs.update(stage.blocks[i] for indices in kept.values() for i in indices)
+        if offered not in ((), (total,)):
+            choices.append(Depth(stage.choice, offered, keeps=tuple(kept.values())))
+    limits = anatomy.limits
+    for name in dict.fromkeys(group.choices[-1 if shared else 0] for group in groups):
+        block = anatomy.block_of_choice(name)
+        if block is not None and anatomy.blocks[block] not in runs:
+            continue
+        offered = _offered(_kind(name), options.get(_kind(name)) or (), limits[name])
+        if offered not in ((), (limits[name],)):
+            choices.append(Choice(name, offered))
+    if not choices:
+        raise ValueError(
+            "relative_space: nothing is left to choose; every option given is the whole network's own size."
+        )
+    return SearchSpace(choices)
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _offered(kind: str, options: Sequence[float | int], limit: int) -> tuple[int, ...]:
+    for option in options:
+        if not (0 < option <= 1 if isinstance(option, float) else 1 <= option <= limit):
+            raise ValueError(
+                f"relative_space: {kind} cannot be {option!r}; give a float in (0, 1] for a share, or an int "
+                f"from 1 to {limit}, which is all that this network has."
+            )
+    return tuple(sorted({max(1, round(o * limit)) if isinstance(o, float) else int(o) for o in options}))
+
+
+def _kept(keep: str | Mapping[int, Sequence[int]], depth: int, total: int) -> tuple[int, ...]:
+    if isinstance(keep, Mapping):
+        if depth not in keep:
+            raise ValueError(
+                f"relative_space: keep must name the blocks for depth {depth}, got depths {sorted(keep)}."
+            )
+        return tuple(keep[depth])
+    if keep == "first":
+        return tuple(range(depth))
+    if keep != "spread":
+        raise ValueError(f"relative_space: keep must be 'spread', 'first' or a mapping, got {keep!r}.")
+    out = total - depth
+    dropped = {1 + int((j + 0.5) * (total - 1) / out) for j in range(out)}
+    return tuple(i for i in range(total) if i not in dropped)
