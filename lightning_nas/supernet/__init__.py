@@ -1,17 +1,21 @@
 """Networks in place together with their search spaces."""
 
+from lightning_nas.supernet.adapter import Adapter, Preset, Reader
 from lightning_nas.supernet.anatomy import Anatomy, Family, Group, Operation, Part, Segment, Stage
 from lightning_nas.supernet.families import families, family_of, supported_networks, supports
 from lightning_nas.supernet.ordering import Permutation, permute_like
 from lightning_nas.supernet.supernet import Supernet, default_space
 
 __all__ = [
+    "Adapter",
     "Anatomy",
     "Family",
     "Group",
     "Operation",
     "Part",
     "Permutation",
+    "Preset",
+    "Reader",
     "Segment",
     "Stage",
     "Supernet",

@@ -18,9 +18,9 @@ from timm.models.vision_transformer import (
 from torch import nn
 
 from lightning_nas.errors import UnsupportedError
+from lightning_nas.supernet.adapter import Adapter, Preset, Reader, length
 from lightning_nas.supernet.anatomy import Anatomy, Axis, Segment, Sizes
 from lightning_nas.supernet.families import families
-from lightning_nas.supernet.families._adapter import Adapter, Preset, Reader, length
 
 __all__ = ["TimmViT"]
 

@@ -1,4 +1,4 @@
-"""What all families share: reading a model into its anatomy, and spaces by name."""
+"""What an adapter of a family starts from: reading a model into its anatomy, and spaces by name."""
 
 from __future__ import annotations
 
