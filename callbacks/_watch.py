@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,11 +37,21 @@ class Watch:
         """Note a student's pass."""
         role = "smallest" if architecture == space.smallest else "random"
         self._losses.setdefault(role, []).append(loss)
+        self._count(space, architecture)
+
+    def mixture(self, space: SearchSpace, members: Sequence[Architecture], loss: Any) -> None:
+        """Note one pass that several members shared, and its loss."""
+        for member in members:
+            self._count(space, member)
+        if isinstance(loss, Tensor):
+            self._losses.setdefault("mixture", []).append(loss.detach())
+
+    def _count(self, space: SearchSpace, architecture: Architecture) -> None:
         self.trained.update(f"{name}={architecture[name]}" for name in space.active(architecture))
 
     def largest(self, loss: Any) -> None:
         """Note the user's own loss, where students were trained beside it."""
-        if self._losses and isinstance(loss, Tensor):
+        if self._losses and "mixture" not in self._losses and isinstance(loss, Tensor):
             self._losses.setdefault("largest", []).append(loss.detach())
 
     def step(self, trainer: Trainer) -> None:

@@ -38,7 +38,7 @@ from typing_extensions import override
 
 from lightning_nas.distillation import OutputReader, StudentLoss, read_output, student_loss_named
 from lightning_nas.errors import NASError, UnsupportedError
-from lightning_nas.sampling import Largest, Sampler, sampler_named
+from lightning_nas.sampling import Largest, MultiArchitectural, Sampler, sampler_named
 from lightning_nas.space import Architecture, SearchSpace
 from lightning_nas.supernet import Supernet
 
@@ -66,7 +66,8 @@ class SupernetTraining(Callback):
     Args:
         network: dotted name of the sub-module to make elastic; ``None``: the one supported network found.
         space: a search space, the name of a preset of the network's family, or ``None`` for its default.
-        sampler: which students a step trains: a name or a sampler, such as ``nas.Sandwich(random=2)``.
+        sampler: which students a step trains: a name or a sampler, such as ``nas.Sandwich(random=2)``. With
+            ``nas.MultiArchitectural()`` several members share the user's own pass: dropout acts on all.
         order: ``"importance"`` (first-order Taylor, from the gradients of the last warm-up steps),
             ``"magnitude"``, or ``None`` to keep the order of the pretrained network.
         warmup: length of the first phase: a fraction of the run below 1, rounded down, or a number of
@@ -139,6 +140,8 @@ class SupernetTraining(Callback):
         self.importance: dict[str, Tensor] = {}  # group of heads or units -> the scores it is ordered by
         self.watch = Watch(where)
         self._undo = ExitStack()
+        self._mixing = ExitStack()  # while several members share the user's pass
+        self._members: tuple[Architecture, ...] = ()
         self._capture: Capture | None = None
         self._calls: list[Call] = []
         self._step_arguments: tuple[Any, ...] = ()
@@ -188,9 +191,12 @@ class SupernetTraining(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._mixing.close()
         self._undo.close()  # a run that died without teardown may have left hooks behind
         self._attach(pl_module, may_be_missing=False)
         supernet = self._require()
+        if isinstance(self.sampler, MultiArchitectural):
+            supernet.refuse_mixture()
         entry, read = entry_of(supernet.model, pl_module), self.output or read_output
         self._capture = Capture(entry, read, must_read=self.student_loss.needs_teacher)
         self._undo.callback(self._capture.remove)
@@ -226,6 +232,7 @@ class SupernetTraining(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._mixing.close()
         self._undo.close()
         if self.supernet is not None:
             self.supernet.release()
@@ -294,7 +301,8 @@ class SupernetTraining(Callback):
         self._validate_roles(trainer, pl_module)
         self._require().forget_statistics()
         is_sandwich = self._is_sandwich(trainer)
-        if is_sandwich and (self.student_loss.needs_task or (self.order and not self.ordered)):
+        runs_again = self.student_loss.needs_task and not isinstance(self.sampler, MultiArchitectural)
+        if is_sandwich and (runs_again or (self.order and not self.ordered)):
             # The user's step may change its batch: students get what it was before.
             self._step_arguments = (_copied(batch), *((batch_idx,) if takes_batch_idx(pl_module) else ()))
             if self._moving is None:
@@ -305,6 +313,16 @@ class SupernetTraining(Callback):
             self._random_state = RandomState.now(pl_module.device)
             self._put_in_order(trainer, pl_module)
         self._expect_calls(trainer, pl_module)
+        if is_sandwich and isinstance(self.sampler, MultiArchitectural):
+            self._mix(trainer, self.sampler, extract_batch_size(batch))
+
+    def _mix(self, trainer: Trainer, sampler: MultiArchitectural, batch: int) -> None:
+        """Let several members share the user's next ``training_step``, other ones on each process."""
+        supernet = self._require()
+        seed = int(np.random.SeedSequence([self.seed, trainer.global_rank]).generate_state(1)[0])
+        self._members = sampler.mixture(supernet.space, seed, trainer.global_step, batch)
+        self._mixing.enter_context(torch.compiler.set_stance("force_eager"))
+        self._mixing.enter_context(supernet.mixture(self._members))
 
     def _expect_calls(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make ready for the user's next ``training_step``."""
@@ -333,6 +351,7 @@ class SupernetTraining(Callback):
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._is_checked:
+            self._mixing.close()
             self._check_largest(trainer, pl_module)
         if self._is_sandwich(trainer):
             self._train_students(trainer, pl_module)
@@ -357,6 +376,11 @@ class SupernetTraining(Callback):
         assert self._capture is not None  # made in on_fit_start
         self._capture.calls = None  # a training_step that returned None had no backward pass to end it
         self._calls, self._step_arguments, self._random_state = [], (), None
+        if self._members:
+            self._mixing.close()
+            loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+            self.watch.mixture(self._require().space, self._members, loss)
+            self._members = ()
         self.watch.largest(outputs.get("loss") if isinstance(outputs, Mapping) else outputs)
         if accumulates(trainer):
             return
@@ -376,10 +400,13 @@ class SupernetTraining(Callback):
         supernet, rule = self._require(), self.student_loss
         if not self._calls and rule.needs_teacher:
             return
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        for architecture in self.sampler.students(
+        members = self.sampler.students(
             supernet.space, self.seed, trainer.global_step, self.phases.progress(trainer.global_step)
-        ):
+        )
+        if not members:
+            return
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        for architecture in members:
             with self._as_student(trainer, pl_module, architecture):
                 loss = self._student_loss(trainer, pl_module)
                 if loss is None:

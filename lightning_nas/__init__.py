@@ -11,7 +11,7 @@ from lightning_nas.errors import (
 )
 from lightning_nas.objectives import Maximize, Minimize
 from lightning_nas.results import Candidate, SearchResult
-from lightning_nas.sampling import Largest, Progressive, Random, Sandwich
+from lightning_nas.sampling import Largest, MultiArchitectural, Progressive, Random, Sandwich
 from lightning_nas.saving import load, save
 from lightning_nas.space import Architecture, Choice, Depth, SearchSpace
 from lightning_nas.study import search
@@ -26,6 +26,7 @@ __all__ = [
     "Largest",
     "Maximize",
     "Minimize",
+    "MultiArchitectural",
     "NASError",
     "NoMatchError",
     "Progressive",

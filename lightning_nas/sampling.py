@@ -15,7 +15,16 @@ import numpy as np
 from lightning_nas.registry import Registry
 from lightning_nas.space import Architecture, Choice, SearchSpace, Value
 
-__all__ = ["Largest", "Progressive", "Random", "Sampler", "Sandwich", "sampler_named", "samplers"]
+__all__ = [
+    "Largest",
+    "MultiArchitectural",
+    "Progressive",
+    "Random",
+    "Sampler",
+    "Sandwich",
+    "sampler_named",
+    "samplers",
+]
 
 samplers: Registry[type[Sampler]] = Registry("sampler")
 """The samplers known by name; users add their own with ``@samplers.register("name")``."""
@@ -125,6 +134,48 @@ class Progressive:
         opened = space.restrict({choice.name: _upper(choice, share) for choice in space.choices})
         members = Sandwich(self.random).students(opened, seed, step, progress)
         return tuple(space.canonical(member) for member in members)
+
+
+@samplers.register("multi-architectural")
+@dataclass(frozen=True)
+class MultiArchitectural:
+    """Several members in one pass: each trains on its own part of the batch, in place of the largest network.
+
+    Every option of a choice comes equally often within a step, where the number of drawn members is a
+    multiple of theirs: the options are dealt in turn, then shuffled, for each choice by itself. A step costs
+    about one pass of the largest network, and students learn from the user's loss alone. A batch that cannot
+    be split into ``parts`` equal parts is split into fewer.
+
+    Args:
+        parts: members a step, at least 1.
+        largest: whether one of them is always the largest network.
+
+    Reference: Liao et al., Searching for Efficient Multi-Stage Vision Transformers, 2021, section 3.3.
+    """
+
+    parts: int = 4
+    largest: bool = True
+
+    def __post_init__(self) -> None:
+        if self.parts < 1:
+            raise ValueError(f"MultiArchitectural: parts must be at least 1, got {self.parts}.")
+
+    def students(self, space: SearchSpace, seed: int, step: int, progress: float) -> tuple[Architecture, ...]:
+        """None beside the members that share the pass."""
+        return ()
+
+    def mixture(self, space: SearchSpace, seed: int, step: int, batch: int) -> tuple[Architecture, ...]:
+        """The members whose parts, one after the other, are a batch of this size."""
+        parts = next(n for n in range(min(self.parts, batch), 0, -1) if batch % n == 0)
+        rng, drawn, dealt = np.random.default_rng([seed, step]), parts - self.largest, {}
+        for choice in space.choices:
+            first = rng.integers(len(choice.values))  # where there are more options than parts
+            turns = [choice.values[(first + i) % len(choice.values)] for i in range(drawn)]
+            dealt[choice.name] = [turns[i] for i in rng.permutation(drawn)]
+        members = [space.canonical({name: values[i] for name, values in dealt.items()}) for i in range(drawn)]
+        if self.largest:
+            members.insert(int(rng.integers(parts)), space.largest)
+        return tuple(members)
 
 
 def _upper(choice: Choice, share: float) -> Sequence[Value]:

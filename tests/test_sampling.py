@@ -4,7 +4,15 @@ import pytest
 from scipy.stats import chisquare
 
 import lightning_nas as nas
-from lightning_nas.sampling import Largest, Progressive, Random, Sandwich, sampler_named, samplers
+from lightning_nas.sampling import (
+    Largest,
+    MultiArchitectural,
+    Progressive,
+    Random,
+    Sandwich,
+    sampler_named,
+    samplers,
+)
 
 SPACE = nas.SearchSpace(
     [
@@ -15,7 +23,7 @@ SPACE = nas.SearchSpace(
 )
 
 
-@pytest.mark.parametrize("sampler", [Largest(), Random(3), Sandwich(2), Progressive(2)])
+@pytest.mark.parametrize("sampler", [Largest(), Random(3), Sandwich(2), Progressive(2), MultiArchitectural()])
 def test_a_plan_is_a_pure_function_of_seed_and_step(sampler):
     plans = [sampler.students(SPACE, 7, step, step / 10) for step in range(10)]
     assert plans == [sampler.students(SPACE, 7, step, step / 10) for step in reversed(range(10))][::-1]
@@ -72,3 +80,25 @@ def test_samplers_are_found_by_name_and_faults_are_named():
     ):
         with pytest.raises(ValueError, match="must be"):
             bad()
+
+
+def test_a_mixture_deals_every_option_equally_often():
+    space = nas.SearchSpace([nas.Choice("a", (1, 2)), nas.Choice("b", (1, 2, 3, 4))])
+    for step in range(20):
+        members = MultiArchitectural(parts=9).mixture(space, 0, step, batch=18)
+        assert len(members) == 9
+        assert space.largest in members
+        rest = list(members)
+        rest.remove(space.largest)
+        assert Counter(m["a"] for m in rest) == {1: 4, 2: 4}
+        assert Counter(m["b"] for m in rest) == {1: 2, 2: 2, 3: 2, 4: 2}
+    plans = {MultiArchitectural(parts=4).mixture(space, 0, step, batch=8) for step in range(20)}
+    assert len(plans) > 10
+    assert MultiArchitectural(4).mixture(space, 3, 5, 8) == MultiArchitectural(4).mixture(space, 3, 5, 8)
+
+
+def test_a_batch_that_cannot_be_split_evenly_has_fewer_parts():
+    sampler = MultiArchitectural(parts=4, largest=False)
+    assert [len(sampler.mixture(SPACE, 0, 0, batch)) for batch in (8, 6, 7, 3, 1)] == [4, 3, 1, 3, 1]
+    with pytest.raises(ValueError, match=r"parts must be at least 1, got 0"):
+        MultiArchitectural(parts=0)

@@ -102,9 +102,10 @@ class State:
         self.values: dict[str, Tensor] = {}  # what is read in place of buffers: a subnetwork's own statistics
         self.watch: Callable[[nn.Module], None] | None = None  # of a batch norm: told when it reads them
         self.is_dropped = False  # by slicing: whether a block returns its input
-        self.mask: Tensor | None = (
-            None  # by masking: entries of a layer's input in use, or whether a block runs
-        )
+        # By masking: entries of a layer's input in use, (entries,), or whether a block runs, a scalar; in a
+        # mixture with a first dimension more, one row for each part of the batch.
+        self.mask: Tensor | None = None
+        self.is_mixed = False
 
 
 def make_sliced(
@@ -209,10 +210,9 @@ def _masked(original: Any, is_block: bool) -> type[nn.Module]:
         return original.forward(self, torch.where(_mask(self, x), x, 0.0))
 
     def norm(self: Any, x: Tensor) -> Any:
-        mask = _mask(
-            self, x
-        )  # both are computed: one graph, and the same bits where the whole width is in use
-        return torch.where(mask.all(), original.forward(self, x), _masked_norm(self, x, mask, is_centred))
+        # Both are computed: one graph, and the same bits where the whole width is in use.
+        mask, whole = _mask(self, x), original.forward(self, x)
+        return torch.where(mask.all(-1, keepdim=True), whole, _masked_norm(self, x, mask, is_centred))
 
     return _subclass(
         original, {"forward": block if is_block else linear if issubclass(original, nn.Linear) else norm}
@@ -224,13 +224,21 @@ def _mask(module: Any, x: Tensor) -> Tensor:
     if state.mask.device != x.device:
         state.mask = state.mask.to(x.device)
     mask: Tensor = state.mask
+    if state.is_mixed:
+        if len(x) % len(mask):
+            raise ValueError(
+                f"Supernet.mixture: {len(x)} rows cannot be split into {len(mask)} equal parts, one for each "
+                "architecture."
+            )
+        mask = mask.repeat_interleave(len(x) // len(mask), 0)
+        mask = mask.view(len(x), *(1,) * (x.ndim - 2), -1)
     return mask
 
 
 def _masked_norm(norm: Any, x: Tensor, mask: Tensor, is_centred: bool) -> Tensor:
     """Layer or RMS norm over the entries in use; the others become zero."""
     used = torch.where(mask, x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, 0.0)
-    count = mask.sum()
+    count = mask.sum(-1, keepdim=True)
     if is_centred:
         used = torch.where(mask, used - used.sum(-1, keepdim=True) / count, 0.0)
     used = used * torch.rsqrt(used.square().sum(-1, keepdim=True) / count + norm.eps)

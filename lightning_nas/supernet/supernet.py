@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -112,7 +112,8 @@ class Supernet:
             self.reorder(
                 self.magnitude() if order == "magnitude" else self._calibrated(calibration or (), loss)
             )
-        self._make_elastic()
+        self._varying = {part.module: part for part in self.anatomy.parts if self.fit.varies(part)}
+        self._make_elastic(self.execution)
         self._active = self.space.largest
         self._apply(self._active)
 
@@ -170,8 +171,57 @@ class Supernet:
             yield self.model
         finally:
             if not self._is_released:
-                self._make_elastic()
+                self._make_elastic(self.execution)
                 self._apply(self._active)
+
+    @contextmanager
+    def mixture(self, architectures: Sequence[Mapping[str, Value]]) -> Iterator[nn.Module]:
+        """Run several subnetworks in one pass: each on its own part of the batch, all parts of one size.
+
+        What a subnetwork does not use is masked, so a pass costs what the largest network's does.
+
+        Args:
+            architectures: the first one runs on the first ``batch / len(architectures)`` samples, and so on.
+
+        Raises:
+            UnsupportedError: for a network with batch norm, whose statistics would mix.
+            ValueError: if there is none, or one is not of the space; and, in the pass, for a batch that
+                cannot be split into equal parts.
+
+        Reference: Liao et al., Searching for Efficient Multi-Stage Vision Transformers, 2021, section 3.3.
+        """
+        self.refuse_mixture()
+        if not architectures:
+            raise ValueError("Supernet.mixture: at least one architecture is needed, got none.")
+        members = [self.space.canonical(architecture) for architecture in architectures]
+        with self.paused():
+            self._make_elastic("mask")
+            sizes = [self.fit.sizes(member) for member in members]
+            kept = [set(self.fit.kept(member)) for member in members]
+            for module, part, block in self._modules:
+                axis, state = self._input_axis(module, part), state_of(module)
+                rows = [
+                    torch.tensor(block in k) if axis is None else mask_of(axis, s)
+                    for k, s in zip(kept, sizes, strict=True)
+                ]
+                state.mask, state.is_mixed = torch.stack(rows), True
+            try:
+                yield self.model
+            finally:
+                for module, _, _ in self._modules:
+                    make_plain(module)
+
+    def refuse_mixture(self) -> None:
+        """Say that a network cannot run as a :meth:`mixture`.
+
+        Raises:
+            UnsupportedError: if it has batch norm.
+        """
+        if self._norms:
+            raise UnsupportedError(
+                f"Supernet.mixture: {next(iter(self._norms))} is a batch norm, and its statistics would mix "
+                "subnetworks. Use another sampler, such as 'sandwich'."
+            )
 
     # --- taking networks out
 
@@ -385,19 +435,18 @@ class Supernet:
                 f"Supernet.{what}: this supernet was released; make a new one with Supernet(model)."
             )
 
-    def _make_elastic(self) -> None:
+    def _make_elastic(self, execution: Literal["slice", "mask"]) -> None:
         """Swap the classes of what some architecture of the space changes, and of nothing else."""
-        blocks = {self.anatomy.blocks[i]: i for i in self.fit.droppable}
-        parts = {part.module: part for part in self.anatomy.parts if self.fit.varies(part)}
+        blocks, parts = {self.anatomy.blocks[i]: i for i in self.fit.droppable}, self._varying
         self._modules = []
         norms = self._norms if parts or blocks else {}
         for name in dict.fromkeys([*blocks, *parts, *norms]):
             module, part = self.model.get_submodule(name), parts.get(name, Part(name))
             if name in norms:
-                tensors = tuple(part.axes) if self.execution == "slice" else ()
+                tensors = tuple(part.axes) if execution == "slice" else ()
                 make_sliced(module, tuple(dict.fromkeys((*tensors, *BUFFERS))), tuple(part.attributes), False)
                 state_of(module).watch = self._statistics.watch
-            elif self.execution == "slice":
+            elif execution == "slice":
                 make_sliced(module, tuple(part.axes), tuple(part.attributes), name in blocks)
             elif name in blocks or self._input_axis(module, part) is not None:
                 make_masked(module, name in blocks)

@@ -395,3 +395,27 @@ def test_a_fraction_of_an_unknown_length_asks_for_steps_and_leaves_the_module_wh
     with pytest.raises(ValueError, match="length is unknown.*number of optimizer steps"):
         fit(module, SupernetTraining(warmup=0.3), max_epochs=-1)
     assert [type(m) for m in module.modules()] == kinds
+
+
+def test_several_members_share_the_users_own_pass():
+    """Gradients of a step: the mean, over equal parts of the batch, of what each member alone would give."""
+    module, twin = users.PlainClassifier(), users.PlainClassifier()
+    twin.load_state_dict(module.state_dict())
+    callback = SupernetTraining(sampler=nas.MultiArchitectural(parts=2), **AT_ONCE)
+    fit(module.double(), callback, max_steps=2, precision="64-true")
+
+    supernet, optimizer = nas.Supernet(twin.double().net), twin.configure_optimizers()
+    seed = int(np.random.SeedSequence([0, 0]).generate_state(1)[0])
+    for step, (x, y) in enumerate(list(users.loader())[:2]):
+        optimizer.zero_grad()
+        members = callback.sampler.mixture(supernet.space, seed, step, len(x))
+        size = len(x) // 2
+        for i, member in enumerate(members):
+            part = slice(i * size, (i + 1) * size)
+            with supernet.using(member):
+                (F.cross_entropy(twin.net(x[part].double()), y[part]) / 2).backward()
+        optimizer.step()
+    assert_same(weights(module), weights(twin), rtol=1e-6, atol=1e-9)
+    assert type(callback.supernet.model.blocks[0].mlp.fc2).__name__ == "ElasticLinear"
+    assert set(callback.curves) <= {"mixture"}
+    assert sum(callback.trained.values()) > 0

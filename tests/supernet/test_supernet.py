@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -500,3 +501,40 @@ def test_a_subclass_written_by_the_user_is_extracted_as_one():
 def test_options_that_do_not_fit_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         Supernet(tiny(), **arguments)
+
+
+# --- several subnetworks in one pass
+
+
+@pytest.mark.parametrize("embed", [None, (0.5, 1.0)])
+def test_each_part_of_a_mixture_computes_what_its_subnetwork_does_alone(embed):
+    model = tiny().double()
+    supernet = Supernet(model, default_space(model, embed=embed))
+    rng = np.random.default_rng(0)
+    members = [supernet.space.sample(rng), supernet.space.smallest]
+    images = IMAGES.double()
+    with supernet.mixture(members):
+        mixed = model(images)
+        F.cross_entropy(mixed, LABELS).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    for member, part in zip(members, (slice(0, 2), slice(2, 4)), strict=True):
+        alone = supernet.extract(member)
+        torch.testing.assert_close(mixed[part], alone(images[part]), rtol=1e-10, atol=1e-10)
+        with supernet.using(member):
+            (F.cross_entropy(model(images[part]), LABELS[part]) / 2).backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-9, atol=1e-9)
+
+
+def test_after_a_mixture_the_supernet_is_what_it_was():
+    model = tiny()
+    supernet = Supernet(model)
+    supernet.activate(supernet.space.smallest)
+    before = model(IMAGES)
+    thirds = [supernet.space.largest] * 3
+    with pytest.raises(ValueError, match=r"4 rows cannot be split into 3"), supernet.mixture(thirds):
+        model(IMAGES)
+    assert torch.equal(model(IMAGES), before)
+    with pytest.raises(ValueError, match=r"at least one architecture"), supernet.mixture([]):
+        pass
