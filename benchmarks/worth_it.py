@@ -7,7 +7,7 @@ On the demo's network and images, for each seed and each of three sizes, the acc
 - the pretrained network cut to the subnetwork's very shape, trained alone for as many steps;
 - the subnetwork of one run with ``SupernetTraining``.
 
-Run: python benchmarks/worth_it.py --seeds '[0,1,2]' --page docs/worth-it.md
+Run: python benchmarks/worth_it.py --page docs/worth-it.md
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def markdown(table: pd.DataFrame, seconds: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def main(seeds: list[int] = [0, 1, 2], epochs: int = 8, page: str | None = None) -> None:  # noqa: B006
+def main(seeds: list[int] = [0, 1, 2, 3, 4, 5], epochs: int = 16, page: str | None = None) -> None:  # noqa: B006
     """Measure, print the table, and write it into a page between its two marks."""
     torch.set_num_threads(1)
     with demo_vit.only_our_messages():
