@@ -31,7 +31,8 @@ class MACs:
     The usual figure is that of a batch of one. It equals, as an integer, half of what
     ``torch.utils.flop_counter`` counts on the extracted network with unfused attention (fused attention on a
     CPU counts as nothing there). What depends on the architecture is counted by closed form; how often each
-    layer works, and what it costs that never changes, is measured once, on the meta device.
+    layer works, and what it costs that never changes, is measured once, on the meta device where the network
+    can run there.
 
     Example:
         >>> import timm, torch
@@ -78,14 +79,25 @@ def _measured(
     supernet: Supernet, architecture: Mapping[str, Value], example: Any
 ) -> tuple[int, dict[tuple[str, str], int]]:
     """Multiply-accumulates of one network, and at how many positions or pairs each operation works."""
-    network = supernet.skeleton(architecture).eval().requires_grad_(False)
+    try:
+        inputs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, example)
+        return _counted(supernet, architecture, supernet.skeleton(architecture), inputs)
+    except (RuntimeError, NotImplementedError):  # a network that looks at values, as at those of a mask
+        device = next(supernet.model.parameters()).device
+        inputs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, example)
+        return _counted(supernet, architecture, supernet.extract(architecture), inputs)
+
+
+def _counted(
+    supernet: Supernet, architecture: Mapping[str, Value], network: nn.Module, inputs: Any
+) -> tuple[int, dict[tuple[str, str], int]]:
+    network.eval().requires_grad_(False)
     supernet.family.unfuse(network)
     works: Counter[tuple[str, str]] = Counter()
     names = _names_in_copy(supernet, supernet.fit.kept(architecture))
     for name, per in {(operation.module, operation.per) for operation in supernet.anatomy.operations}:
         if (there := names(name)) is not None:
             network.get_submodule(there).register_forward_hook(_count(works, (name, per)), with_kwargs=True)
-    inputs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, example)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
         _call(network, inputs)
