@@ -61,23 +61,34 @@ def _distance(student: Tensor, teacher: Tensor, temperature: float, features: bo
 @student_losses.register("teacher")
 @dataclass(frozen=True)
 class Teacher:
-    """The student learns from the largest network alone (in-place distillation).
+    """The student learns from the largest network alone (in-place distillation), or a frozen one besides.
 
     Args:
         temperature: of the softmax, above 0.
+        strong_teacher: a frozen network that takes what the largest takes and has its classes.
+        strong_weight: its share, in [0, 1]; the rest is the largest network's.
 
     Reference: Yu et al., BigNAS, ECCV 2020, section 3.2.
     """
 
     temperature: float = 1.0
+    strong_teacher: nn.Module | None = None
+    strong_weight: float = 0.5
     needs_task = False
     needs_teacher = True
+
+    def __post_init__(self) -> None:
+        _check_share("Teacher", "strong_weight", self.strong_weight)
 
     def __call__(
         self, student: Tensor, teacher: Tensor, *, task: Tensor | None, strong: Tensor | None, features: bool
     ) -> Tensor:
         """Soft cross-entropy, or the normalised squared distance of features."""
-        return _distance(student, teacher, self.temperature, features)
+        distance = _distance(student, teacher, self.temperature, features)
+        if strong is None:
+            return distance
+        strong_distance = _distance(student, strong, self.temperature, features)
+        return (1 - self.strong_weight) * distance + self.strong_weight * strong_distance
 
 
 @student_losses.register("task")
@@ -109,25 +120,29 @@ class Both:
     Args:
         temperature: of the softmax, above 0.
         weight: share of the user's loss, in [0, 1].
+        strong_teacher: a frozen network that takes what the largest takes and has its classes.
+        strong_weight: its share of what teachers say, in [0, 1]; the rest is the largest network's.
     """
 
     temperature: float = 1.0
     weight: float = 0.5
+    strong_teacher: nn.Module | None = None
+    strong_weight: float = 0.5
     needs_task = True
     needs_teacher = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.weight <= 1:
-            raise ValueError(f"Both: weight must be in [0, 1], got {self.weight}.")
+        _check_share("Both", "weight", self.weight)
+        _check_share("Both", "strong_weight", self.strong_weight)
 
     def __call__(
         self, student: Tensor, teacher: Tensor, *, task: Tensor | None, strong: Tensor | None, features: bool
     ) -> Tensor:
-        """``weight * task + (1 - weight) * distance to the teacher``."""
+        """``weight * task + (1 - weight) * distance to the teachers``."""
         assert task is not None  # needs_task: the caller gives it
-        return self.weight * task + (1 - self.weight) * _distance(
-            student, teacher, self.temperature, features
-        )
+        taught = Teacher(self.temperature, strong_weight=self.strong_weight)
+        distance = taught(student, teacher, task=None, strong=strong, features=features)
+        return self.weight * task + (1 - self.weight) * distance
 
 
 @student_losses.register("instatune")
@@ -156,8 +171,7 @@ class InstaTuneLoss:
     needs_teacher = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"InstaTuneLoss: alpha must be in [0, 1], got {self.alpha}.")
+        _check_share("InstaTuneLoss", "alpha", self.alpha)
 
     @property
     def largest_weight(self) -> float:
@@ -197,3 +211,8 @@ def student_loss_named(
             f"InstaTuneLoss(alpha=0.3), got {rule!r}."
         )
     return rule
+
+
+def _check_share(where: str, name: str, share: float) -> None:
+    if not 0 <= share <= 1:
+        raise ValueError(f"{where}: {name} must be in [0, 1], got {share}.")
