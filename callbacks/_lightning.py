@@ -14,6 +14,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.callbacks import RichProgressBar, WeightAveraging
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.trainer.states import TrainerFn
+from pytorch_lightning.utilities.compile import to_uncompiled
 
 __all__ = [
     "accumulates",
@@ -22,6 +23,7 @@ __all__ = [
     "has_static_graph",
     "run_validation",
     "takes_batch_idx",
+    "uncompiled",
 ]
 
 
@@ -51,6 +53,11 @@ def takes_batch_idx(module: LightningModule) -> bool:
     from pytorch_lightning.utilities.signature_utils import is_param_in_hook_signature
 
     return bool(is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2))
+
+
+def uncompiled(module: LightningModule) -> LightningModule:
+    """A module as it was before ``torch.compile``, in place; its compiled steps belong to what it copies."""
+    return module if module._compiler_ctx is None else to_uncompiled(module)
 
 
 def run_validation(trainer: Trainer) -> dict[str, float]:
