@@ -1,6 +1,8 @@
 """Lightning callbacks, one a file; imported as ``lightning_nas.callbacks``."""
 
 from lightning_nas.callbacks.instatune import InstaTune
+from lightning_nas.callbacks.self_distillation import SelfDistillation
+from lightning_nas.callbacks.specialize import specialize
 from lightning_nas.callbacks.supernet_training import SupernetTraining
 
-__all__ = ["InstaTune", "SupernetTraining"]
+__all__ = ["InstaTune", "SelfDistillation", "SupernetTraining", "specialize"]

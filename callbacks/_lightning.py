@@ -16,6 +16,7 @@ from pytorch_lightning.callbacks import RichProgressBar, WeightAveraging
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
+from pytorch_lightning.utilities.compile import to_uncompiled
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
@@ -29,6 +30,7 @@ __all__ = [
     "run_validation",
     "takes_batch_idx",
     "training_batches",
+    "uncompiled",
 ]
 
 
@@ -95,6 +97,11 @@ def _another(loader: Any) -> Any:
     if isinstance(copied, DataLoader):
         copied._iterator = None
     return copied
+
+
+def uncompiled(module: LightningModule) -> LightningModule:
+    """A module as it was before ``torch.compile``, in place; its compiled steps belong to what it copies."""
+    return module if module._compiler_ctx is None else to_uncompiled(module)
 
 
 def run_validation(trainer: Trainer) -> dict[str, float]:

@@ -28,6 +28,7 @@ from lightning_nas.callbacks._lightning import (
 from lightning_nas.callbacks._networks import find_network
 from lightning_nas.callbacks._ordering import put_in_order, unsortable
 from lightning_nas.callbacks._schedule import LearningRateFactor, Phases
+from lightning_nas.callbacks._teaching import join, outputs_of, refuse_other_classes, returns_features
 from lightning_nas.callbacks._watch import Watch
 from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -144,6 +145,7 @@ class SupernetTraining(Callback):
         self._members: tuple[Architecture, ...] = ()
         self._capture: Capture | None = None
         self._calls: list[Call] = []
+        self._strong: list[Tensor | None] = []  # what the frozen teacher says to each of them
         self._step_arguments: tuple[Any, ...] = ()
         self._random_state: RandomState | None = None
         self._is_checked = False
@@ -203,6 +205,7 @@ class SupernetTraining(Callback):
         self._calls, self._is_checked, self._validation_is_due = [], False, False
         self._moving, self._frozen = None, []
         if (teacher := getattr(self.student_loss, "strong_teacher", None)) is not None:
+            refuse_other_classes(supernet.model, teacher, type(self).__name__)
             teacher.to(pl_module.device, next(supernet.model.parameters()).dtype).eval()
 
     @override
@@ -223,7 +226,8 @@ class SupernetTraining(Callback):
         if not self.trains_students:
             return f"{name}: trains the largest network only, of {supernet.space.size:,} architectures."
         learns = type(self.student_loss).__name__.lower()
-        kind = "features (normalised squared distance)" if self._returns_features() else "logits"
+        is_features = returns_features(supernet.model)
+        kind = "features (normalised squared distance)" if is_features else "logits"
         rate = f" at {self.lr_factor:g} times the scheduled learning rate" if self.lr_factor != 1 else ""
         return (
             f"{name}: {supernet.space.size:,} architectures. {self.phases}{rate}; "
@@ -345,7 +349,7 @@ class SupernetTraining(Callback):
         if self._is_sandwich(trainer) and loss.requires_grad:
             if weight != 1.0:
                 loss.register_hook(lambda gradient: gradient * weight)
-            self._add_strong_teacher(trainer, pl_module)
+            self._ask_strong_teacher(trainer, pl_module)
         self._calls = [Call(call.args, call.kwargs, call.output.detach().clone()) for call in self._calls]
 
     @override
@@ -375,7 +379,7 @@ class SupernetTraining(Callback):
     ) -> None:
         assert self._capture is not None  # made in on_fit_start
         self._capture.calls = None  # a training_step that returned None had no backward pass to end it
-        self._calls, self._step_arguments, self._random_state = [], (), None
+        self._calls, self._strong, self._step_arguments, self._random_state = [], [], (), None
         if self._members:
             self._mixing.close()
             loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
@@ -451,10 +455,10 @@ class SupernetTraining(Callback):
                     f"the largest network but {len(outputs)} times for a student on the same batch; "
                     "students_learn_from='teacher' does not call training_step again."
                 )
-            features, strong = self._returns_features(), [self._strong_output(call) for call in self._calls]
+            features = returns_features(self._require().model)
             losses = [
-                rule(output, call.output, task=task, strong=teacher, features=features)
-                for output, call, teacher in zip(outputs, self._calls, strong, strict=True)
+                rule(output, call.output, task=task, strong=strong, features=features)
+                for output, call, strong in zip(outputs, self._calls, self._strong, strict=True)
             ]
             return torch.stack(losses).mean()
 
@@ -472,27 +476,17 @@ class SupernetTraining(Callback):
     def _run_network(self, call: Call) -> Tensor:
         return (self.output or read_output)(self._require().model(*call.args, **call.kwargs))
 
-    def _strong_output(self, call: Call) -> Tensor | None:
+    def _ask_strong_teacher(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What the frozen teacher says, once for everyone; the largest learns from it if the rule says so."""
         teacher = getattr(self.student_loss, "strong_teacher", None)
-        if teacher is None:
-            return None
-        with torch.no_grad():
-            return (self.output or read_output)(teacher(*call.args, **call.kwargs))
-
-    def _add_strong_teacher(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the strong teacher's gradient join the largest network's at its output."""
-        if getattr(self.student_loss, "strong_teacher", None) is None:
+        self._strong = [None] * len(self._calls)
+        if teacher is None or not self._calls:
             return
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        for call in self._calls:
-            with same_random_state(pl_module.device), trainer.precision_plugin.train_step_context():
-                strong = self._strong_output(call)
-                logits = call.output.detach().requires_grad_()
-                with torch.enable_grad():
-                    loss = self.student_loss.largest_extra(logits, strong)  # type: ignore[attr-defined]
-                    loss = loss / (len(self._calls) * trainer.accumulate_grad_batches)
-            (extra,) = torch.autograd.grad(loss if scaler is None else scaler.scale(loss), logits)
-            call.output.register_hook(lambda gradient, extra=extra: gradient + extra)
+        read, where = self.output or read_output, type(self).__name__
+        strong = outputs_of(teacher, trainer, pl_module, self._calls, read, where)
+        self._strong = [*strong]
+        if (extra := getattr(self.student_loss, "largest_extra", None)) is not None:
+            join(trainer, pl_module, self._calls, strong, extra)
 
     def _agree_on_gradients(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The mean over processes: DDP's own reduction came before the students'."""
@@ -576,9 +570,6 @@ class SupernetTraining(Callback):
                 parameter.grad = gradient
 
     # --- what the user sees
-
-    def _returns_features(self) -> bool:
-        return self._require().family.returns_features(self._require().model)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

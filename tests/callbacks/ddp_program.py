@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from lightning_nas.callbacks import InstaTune, SupernetTraining
+from lightning_nas.callbacks import InstaTune, SelfDistillation, SupernetTraining
 from torch.utils.data import DataLoader, DistributedSampler
 
 from tests import user_modules as users
@@ -16,6 +16,7 @@ RUNS = {  # name -> students_learn_from, micro-batches a step
     "both": ("both", 2),
     "at the start": ("teacher", 1),
     "search": ("both", 1),
+    "itself": ("itself", 2),
 }
 
 
@@ -36,6 +37,8 @@ def run(name: str, folder: Path, **trainer) -> pl.Trainer:
     settings = {"warmup": 0 if name == "at the start" else 2, "students_learn_from": learn, "validate": ()}
     if name == "search":
         callback = InstaTune(budget=4, folder=folder / "found", **settings)
+    elif name == "itself":
+        callback = SelfDistillation(snapshots=2, unit="step", ema=0.5)
     else:
         callback = SupernetTraining(**settings)
     trainer = pl.Trainer(
