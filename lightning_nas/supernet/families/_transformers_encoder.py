@@ -58,8 +58,8 @@ class EncoderAdapter(TransformersAdapter):
     norms and the layers of the task head; the size of an attention head stays. A head of the user's own stays
     whole, and ``"embed"`` with it.
 
-    An extracted network's config says how many blocks it has, and its MLP units where all blocks have as many.
-    Its width and heads it says only where the heads make up the width: a stock class can build no others.
+    An extracted network's config says how many blocks it has, and its MLP units where all blocks have as
+    many. Its width and heads it says only where the heads make up the width: a stock class builds no others.
 
     Args:
         name: of the family.
@@ -172,18 +172,17 @@ class _Reader(Reader):
     def _ends(self, names: tuple[str, ...], rows: Axis | None = None) -> None:
         """Layers outside of the blocks; what the user put in their place is left alone."""
         there = dict(self.model.named_modules())
-        for name in dict.fromkeys(full for name in names for full in (f"{self.prefix}{name}", name)):
+        for name in dict.fromkeys(f"{prefix}{name}" for name in names for prefix in (self.prefix, "")):
             layer = there.get(name)
             if type(layer) is nn.LayerNorm:
                 self.norm(name, self.width)
-            elif type(layer) is nn.Linear:
+            elif type(layer) is nn.Linear and layer.in_features == self.width[0].units:
                 self.linear(name, rows or (Segment(layer.out_features),), self.width)
             elif isinstance(layer, nn.Tanh):  # of the pooler, whose output may leave the network
                 self.part(name, {}, inputs=self.width)
-            elif (bias := getattr(layer, "_parameters", {}).get("bias")) is not None:
-                self.part(
-                    name, {"bias": ((Segment(len(bias)),),)}
-                )  # of words, beside a decoder that has its own
+            elif isinstance(bias := getattr(layer, "bias", None), nn.Parameter):
+                # Of words, beside a decoder that may have its own.
+                self.part(name, {"bias": ((Segment(len(bias)),),)})
 
     def _is_described(self) -> bool:
         """Whether nothing was left alone."""

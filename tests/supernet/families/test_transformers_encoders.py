@@ -13,10 +13,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from transformers import (
     BertConfig,
     BertForMaskedLM,
-    BertForSequenceClassification,
     BertModel,
     DistilBertConfig,
-    DistilBertForSequenceClassification,
     PreTrainedModel,
     RobertaConfig,
     XLMRobertaConfig,
@@ -145,6 +143,20 @@ def test_gradient_checkpointing_changes_no_gradient(kind):
     assert gradients[0].keys() == gradients[1].keys()
     for name in gradients[0]:
         assert torch.equal(gradients[0][name], gradients[1][name])
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_parts_of_a_batch_run_as_members_of_their_own(kind):
+    model = build(kind).double()
+    masked = Supernet(model, default_space(model, embed=(0.5, 1.0)), execution="mask")
+    members = [masked.space.smallest, masked.space.sample(np.random.default_rng(0))]
+    expected = []
+    for i, member in enumerate(members):
+        with masked.using(member):
+            expected.append(model(**inputs(kind)).logits[i : i + 1])
+    masked.release()
+    with Supernet(model, masked.space).mixture(members):
+        torch.testing.assert_close(model(**inputs(kind)).logits, torch.cat(expected), rtol=0, atol=1e-12)
 
 
 def uniform(supernet, **values):
