@@ -127,8 +127,9 @@ def vote(
 def read_output(output: Any) -> Tensor:
     """The tensor to distil in whatever a network returned.
 
-    A tensor itself; ``.logits`` or ``["logits"]``; else the first floating tensor of a tuple, list, mapping
-    or dataclass, in its own order.
+    A tensor itself; ``.logits`` or ``["logits"]``; ``.start_logits`` and ``.end_logits``, stacked to
+    ``(batch, 2, tokens)``; else, of a tuple, list, mapping or dataclass in its own order, the first floating
+    tensor that is no scalar, as a loss is.
 
     Raises:
         TypeError: if there is none; a function given as ``output=`` reads what is not plain.
@@ -136,8 +137,11 @@ def read_output(output: Any) -> Tensor:
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if isinstance(logits, Tensor):
         return logits
+    start, end = (getattr(output, f"{end}_logits", None) for end in ("start", "end"))
+    if isinstance(start, Tensor) and isinstance(end, Tensor):  # of question answering: classes are tokens
+        return torch.stack((start, end), 1)
     for item in _items(output):
-        if isinstance(item, Tensor) and item.is_floating_point():
+        if isinstance(item, Tensor) and item.is_floating_point() and (item.ndim or item is output):
             return item
     raise TypeError(
         f"No logits in the network's output of type {type(output).__name__}: expected a tensor, .logits, "

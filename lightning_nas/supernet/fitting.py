@@ -61,7 +61,8 @@ class Fit:
 
     def varies(self, part: Part) -> bool:
         """Whether some architecture changes this module."""
-        return any(cut_of(axes, self.smallest) is not None for axes in part.axes.values()) or any(
+        inputs = [] if part.inputs is None else [(part.inputs,)]
+        return any(cut_of(axes, self.smallest) is not None for axes in (*part.axes.values(), *inputs)) or any(
             value(self.smallest) != value(self.whole) for value in part.attributes.values()
         )
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
+from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
 from lightning_nas.distillation import (
     Both,
@@ -151,6 +152,21 @@ def test_logits_are_found_in_what_networks_return():
         {"hidden": wanted},
     ]:
         assert read_output(output) is wanted
+
+
+def test_the_two_ends_of_an_answer_are_read_as_two_distributions_over_tokens():
+    start, end = torch.randn(2, 5), torch.randn(2, 5)
+    output = QuestionAnsweringModelOutput(loss=torch.tensor(0.5), start_logits=start, end_logits=end)
+    by_hand = [soft_cross_entropy(one.flip(0), one) for one in (start, end)]
+    student = QuestionAnsweringModelOutput(start_logits=start.flip(0), end_logits=end.flip(0))
+    loss = soft_cross_entropy(read_output(student), read_output(output))
+    torch.testing.assert_close(loss, (by_hand[0] + by_hand[1]) / 2)
+
+
+def test_a_loss_among_the_outputs_is_not_taken_for_logits():
+    features = torch.randn(2, 3)
+    assert read_output({"loss": torch.tensor(0.5), "features": features}) is features
+    assert read_output((torch.tensor(0.5), features)) is features
 
 
 def test_an_output_without_logits_names_the_remedy():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,21 +11,9 @@ from lightning_nas.errors import UnsupportedError
 from lightning_nas.supernet.adapter import Preset, Reader, length
 from lightning_nas.supernet.anatomy import Anatomy, Axis, Segment, Sizes
 from lightning_nas.supernet.families._transformers import TransformersAdapter, refuse_attention
+from lightning_nas.supernet.layers import tensor_of
 
-__all__ = ["BASE_PRESETS", "Encoder", "EncoderAdapter"]
-
-BASE = {"depth": 12, "heads": 12, "mlp": 3072}
-BASE_PRESETS = {
-    "instatune": Preset(
-        BASE,
-        {
-            "depth": tuple(range(6, 13)),
-            "heads": (6, 8, 10, 12),
-            "mlp": (1024, 2048, 3072),
-            "keep": "first",
-        },
-    ),
-}
+__all__ = ["Encoder", "EncoderAdapter"]
 
 
 @dataclass(frozen=True)
@@ -35,31 +21,33 @@ class Encoder:
     """Where things are in one architecture of encoder, by the names that its modelling file uses.
 
     Args:
-        layers: container of the blocks, below the base model.
         block: class of a block.
-        attention: class of what holds the query, key and value, and their names below a block.
-        attributes: attributes there that count heads, and those that count their entries.
+        attention: class of what holds query, key and value.
+        layers: container of the blocks, below the base model.
+        attention_name: the attention, below a block.
+        heads: its attribute that counts heads.
+        projections: query, key, value and output, below a block.
         mlp: the two matrices of the MLP, below a block.
         norms: norms below a block.
-        embeddings: tables and norm, below the base model.
-        config: names in the config: of depth, width, heads and MLP units.
+        tables: embeddings below the base model.
+        inner: linear layers and norms outside of the blocks that give the width of the residual stream, below
+            the base model or the whole one; those that a model does not have are passed over.
+        last: the same of linear layers that give something else: classes, words.
+        units: name in the config of the MLP's units.
     """
 
-    layers: str
     block: type[nn.Module]
     attention: type[nn.Module]
+    layers: str
     attention_name: str
+    heads: str
     projections: tuple[str, str, str, str]
-    attributes: Mapping[str, str]
     mlp: tuple[str, str]
     norms: tuple[str, str]
-    embeddings: tuple[tuple[str, ...], str]
-    config: tuple[str, str, str, str] = (
-        "num_hidden_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "intermediate_size",
-    )
+    tables: tuple[str, ...]
+    inner: tuple[str, ...]
+    last: tuple[str, ...]
+    units: str = "intermediate_size"
 
 
 class EncoderAdapter(TransformersAdapter):
@@ -67,19 +55,31 @@ class EncoderAdapter(TransformersAdapter):
 
     Elastic: ``"depth"``, ``"layers.{i}.heads"``, ``"layers.{i}.mlp"`` (or ``"heads"`` and ``"mlp"``, one
     value for all blocks), and ``"embed"``, the width of the residual stream, which goes through embeddings,
-    norms and heads; the size of an attention head stays. The head on top stays the user's.
+    norms and the layers of the task head; the size of an attention head stays. A head of the user's own stays
+    whole, and ``"embed"`` with it.
+
+    An extracted network's config says how many blocks it has, and its MLP units where all blocks have as
+    many. Its width and heads it says only where the heads make up the width: a stock class builds no others.
 
     Args:
         name: of the family.
         encoder: where things are.
-        heads: linear layers and norms of the task heads, below the whole model, with the rows that they give:
-            ``"width"`` for the width of the residual stream, None for their own.
     """
 
-    presets = BASE_PRESETS
+    presets = {  # noqa: RUF012
+        "instatune": Preset(
+            {"depth": 12, "heads": 12, "mlp": 3072},
+            {
+                "depth": tuple(range(6, 13)),
+                "heads": (6, 8, 10, 12),
+                "mlp": (1024, 2048, 3072),
+                "keep": "first",
+            },
+        ),
+    }
 
-    def __init__(self, name: str, encoder: Encoder, heads: Mapping[str, str | None]) -> None:
-        self.name, self.encoder, self.heads = name, encoder, heads
+    def __init__(self, name: str, encoder: Encoder) -> None:
+        self.name, self.encoder = name, encoder
 
     def anatomy(self, model: nn.Module) -> Anatomy:
         """Describe an encoder.
@@ -87,39 +87,41 @@ class EncoderAdapter(TransformersAdapter):
         Raises:
             UnsupportedError: for a decoder, a class of layer not known here, or another attention.
         """
-        return _Encoder(model, self.encoder, self.heads).anatomy()
+        return _Reader(model, self.encoder).anatomy()
 
     def trim(self, model: nn.Module, kept: tuple[int, ...], sizes: Sizes) -> None:
         """Correct the config, as far as the stock class builds what it says, and number the blocks."""
         super().trim(model, kept, sizes)
-        base: Any = getattr(model, getattr(model, "base_model_prefix", ""), model)
+        base: Any = model.base_model
         config: Any = model.config
-        depth, width, heads, mlp = self.encoder.config
-        setattr(config, depth, len(kept))
-        container = base.get_submodule(self.encoder.layers)
-        if hasattr(owner := base.get_submodule(self.encoder.layers.rpartition(".")[0]), depth):
-            setattr(owner, depth, len(kept))
-        for i, block in enumerate(container):
-            attention = block.get_submodule(self.encoder.attention_name)
-            if getattr(attention, "layer_idx", None) is not None:
+        config.num_hidden_layers = len(kept)
+        above = base.get_submodule(self.encoder.layers.rpartition(".")[0])
+        if hasattr(above, "n_layers"):
+            above.n_layers = len(kept)
+        attentions = [
+            block.get_submodule(self.encoder.attention_name)
+            for block in base.get_submodule(self.encoder.layers)
+        ]
+        for i, attention in enumerate(attentions):
+            if hasattr(attention, "layer_idx"):
                 attention.layer_idx = i
-        if len(widths := {int(sizes[f"layers.{i}.mlp"]) for i in kept}) == 1:
-            setattr(config, mlp, widths.pop())
-        if (embed := int(sizes["embed"])) != getattr(config, width):
-            setattr(config, width, embed)
-            if embed % getattr(config, heads):  # or the stock class refuses to be built
-                setattr(config, heads, math.gcd(embed, getattr(config, heads)))
+        heads, units = ({int(sizes[f"layers.{i}.{kind}"]) for i in kept} for kind in ("heads", "mlp"))
+        if len(units) == 1:
+            setattr(config, self.encoder.units, *units)
+        if {count * attentions[0].attention_head_size for count in heads} == {int(sizes["embed"])}:
+            config.hidden_size, config.num_attention_heads = int(sizes["embed"]), *heads
 
 
-class _Encoder(Reader):
+class _Reader(Reader):
     """Reads one encoder."""
 
-    def __init__(self, model: nn.Module, encoder: Encoder, heads: Mapping[str, str | None]) -> None:
+    def __init__(self, model: nn.Module, encoder: Encoder) -> None:
         super().__init__(model)
-        self.encoder, self.heads = encoder, heads
-        prefix = self.model.base_model_prefix
-        self.prefix = f"{prefix}." if prefix and hasattr(self.model, prefix) else ""
-        self.width: Axis = (Segment(getattr(self.model.config, encoder.config[1]), group="embed"),)
+        self.encoder = encoder
+        self.prefix = "" if self.model.base_model is model else f"{self.model.base_model_prefix}."
+        # From the layers: a subnetwork's config need not say its width.
+        width = self.model.get_submodule(f"{self.prefix}{encoder.tables[0]}").embedding_dim
+        self.width: Axis = (Segment(width, group="embed"),)
 
     def anatomy(self) -> Anatomy:
         refuse_attention(self.model)
@@ -132,55 +134,60 @@ class _Encoder(Reader):
             )
         for i, name in enumerate(self.stage(f"{self.prefix}{self.encoder.layers}")):
             self._block(i, name)
-        can_narrow = self._ends()
-        self.group("embed", self.width[0].units, ("embed",) if can_narrow else (), ("embed",))
+        for table in self.encoder.tables:
+            self.embedding(f"{self.prefix}{table}", self.width)
+        self._ends(self.encoder.inner, self.width)
+        self._ends(self.encoder.last)
+        narrows = ("embed",) if self._is_described() else ()
+        self.group("embed", self.width[0].units, narrows, ("embed",))
         return super().anatomy()
 
-    def _block(self, i: int, name: str) -> None:
-        encoder = self.encoder
-        self.known(name, (encoder.block,), "block")
-        at = f"{name}.{encoder.attention_name}"
+    def _block(self, i: int, block: str) -> None:
+        encoder, at = self.encoder, f"{block}.{self.encoder.attention_name}"
+        self.known(block, (encoder.block,), "block")
         attention = self.known(at, (encoder.attention,), "attention")
-        *projections, out = (f"{name}.{projection}" for projection in encoder.projections)
-        count = next(getattr(attention, a) for a, what in encoder.attributes.items() if what == "heads")
-        group = self._units(i, "heads", count, name, at, out)
+        *inputs, out = (f"{block}.{projection}" for projection in encoder.projections)
+        count = getattr(attention, encoder.heads)
+        group = self._units(i, "heads", count, block, at, out)
         heads: Axis = (Segment(count, attention.attention_head_size, group),)
-        one: Axis = (Segment(count, 1, group),)
-        self.part(at, {}, {a: length(one if w == "heads" else heads) for a, w in encoder.attributes.items()})
-        for projection in projections:
+        follow = {encoder.heads: (Segment(count, 1, group),), "all_head_size": heads, "dim": self.width}
+        self.part(at, {}, {name: length(axis) for name, axis in follow.items() if self.has(at, name)})
+        for projection in inputs:
             self.linear(projection, heads, self.width)
         self.linear(out, self.width, heads)
         for _ in ("scores", "values"):
             self.operation(at, "pair", heads)
-        first, second = (f"{name}.{matrix}" for matrix in encoder.mlp)
+        first, second = (f"{block}.{matrix}" for matrix in encoder.mlp)
         units = self.model.get_submodule(first).out_features
-        hidden: Axis = (Segment(units, 1, self._units(i, "mlp", units, name, first, second)),)
+        hidden: Axis = (Segment(units, 1, self._units(i, "mlp", units, block, first, second)),)
         self.linear(first, hidden, self.width)
         self.linear(second, self.width, hidden)
         for norm in encoder.norms:
-            self.norm(f"{name}.{norm}", self.width)
+            self.norm(f"{block}.{norm}", self.width)
 
     def _units(self, i: int, what: str, units: int, block: str, target: str, way_out: str) -> str:
         name = f"layers.{i}.{what}"
         return self.group(name, units, (name, what), (block, target, target.rpartition(".")[0]), way_out)
 
-    def _ends(self) -> bool:
-        """Embeddings and heads; whether all of what reads the residual stream is known."""
-        tables, norm = self.encoder.embeddings
-        for table in tables:
-            self.embedding(f"{self.prefix}{table}", self.width)
-        self.norm(f"{self.prefix}{norm}", self.width)
+    def _ends(self, names: tuple[str, ...], rows: Axis | None = None) -> None:
+        """Layers outside of the blocks; what the user put in their place is left alone."""
         there = dict(self.model.named_modules())
-        for name, rows in self.heads.items():
-            layer = there.get(name.replace("{base}", self.prefix))
-            full = name.replace("{base}", self.prefix)
-            if isinstance(layer, nn.LayerNorm):
-                self.norm(full, self.width)
-            elif isinstance(layer, nn.Linear):
-                own: Axis = (Segment(layer.out_features),)
-                self.linear(full, self.width if rows == "width" else own, self.width)
-        return not any(self._reads_width(there))
+        for name in dict.fromkeys(f"{prefix}{name}" for name in names for prefix in (self.prefix, "")):
+            layer = there.get(name)
+            if type(layer) is nn.LayerNorm:
+                self.norm(name, self.width)
+            elif type(layer) is nn.Linear and layer.in_features == self.width[0].units:
+                self.linear(name, rows or (Segment(layer.out_features),), self.width)
+            elif isinstance(layer, nn.Tanh):  # of the pooler, whose output may leave the network
+                self.part(name, {}, inputs=self.width)
+            elif isinstance(bias := getattr(layer, "bias", None), nn.Parameter):
+                # Of words, beside a decoder that may have its own.
+                self.part(name, {"bias": ((Segment(len(bias)),),)})
 
-    def _reads_width(self, there: Mapping[str, nn.Module]) -> Iterable[str]:
-        """Modules with weights that nothing was said about."""
-        return (name for name, m in there.items() if "weight" in m._parameters and name not in self.parts)
+    def _is_described(self) -> bool:
+        """Whether nothing was left alone."""
+        parts = self.parts.values()
+        described = {
+            id(tensor_of(self.model.get_submodule(part.module), name)) for part in parts for name in part.axes
+        }
+        return all(id(parameter) in described for parameter in self.model.parameters())

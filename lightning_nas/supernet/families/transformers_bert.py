@@ -10,40 +10,33 @@ from lightning_nas.supernet.families._transformers_encoder import Encoder, Encod
 
 __all__ = ["BERT"]
 
-BERT = EncoderAdapter(
-    "transformers_bert",
-    Encoder(
-        layers="encoder.layer",
-        block=BertLayer,
-        attention=BertSelfAttention,
-        attention_name="attention.self",
-        projections=(
-            "attention.self.query",
-            "attention.self.key",
-            "attention.self.value",
-            "attention.output.dense",
-        ),
-        attributes={"num_attention_heads": "heads", "all_head_size": "entries"},
-        mlp=("intermediate.dense", "output.dense"),
-        norms=("attention.output.LayerNorm", "output.LayerNorm"),
-        embeddings=(
-            (
-                "embeddings.word_embeddings",
-                "embeddings.position_embeddings",
-                "embeddings.token_type_embeddings",
-            ),
-            "embeddings.LayerNorm",
-        ),
+BERT = Encoder(
+    block=BertLayer,
+    attention=BertSelfAttention,
+    layers="encoder.layer",
+    attention_name="attention.self",
+    heads="num_attention_heads",
+    projections=(
+        "attention.self.query",
+        "attention.self.key",
+        "attention.self.value",
+        "attention.output.dense",
     ),
-    heads={
-        "{base}pooler.dense": "width",
-        "cls.predictions.transform.dense": "width",
-        "cls.predictions.transform.LayerNorm": "width",
-        "cls.predictions.decoder": None,
-        "cls.seq_relationship": None,
-        "classifier": None,
-        "qa_outputs": None,
-    },
+    mlp=("intermediate.dense", "output.dense"),
+    norms=("attention.output.LayerNorm", "output.LayerNorm"),
+    tables=(
+        "embeddings.word_embeddings",
+        "embeddings.position_embeddings",
+        "embeddings.token_type_embeddings",
+    ),
+    inner=(
+        "embeddings.LayerNorm",
+        "pooler.dense",
+        "pooler.activation",
+        "cls.predictions.transform.dense",
+        "cls.predictions.transform.LayerNorm",
+    ),
+    last=("cls.predictions.decoder", "cls.predictions", "cls.seq_relationship", "classifier", "qa_outputs"),
 )
 
 for _network in whole_classes(
@@ -57,4 +50,4 @@ for _network in whole_classes(
     "BertForTokenClassification",
     "BertForQuestionAnswering",
 ):
-    families.register(_network)(BERT)
+    families.register(_network)(EncoderAdapter("transformers_bert", BERT))

@@ -10,31 +10,19 @@ from lightning_nas.supernet.families._transformers_encoder import Encoder, Encod
 
 __all__ = ["DISTILBERT"]
 
-DISTILBERT = EncoderAdapter(
-    "transformers_distilbert",
-    Encoder(
-        layers="transformer.layer",
-        block=TransformerBlock,
-        attention=DistilBertSelfAttention,
-        attention_name="attention",
-        projections=("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
-        attributes={"n_heads": "heads"},
-        mlp=("ffn.lin1", "ffn.lin2"),
-        norms=("sa_layer_norm", "output_layer_norm"),
-        embeddings=(
-            ("embeddings.word_embeddings", "embeddings.position_embeddings"),
-            "embeddings.LayerNorm",
-        ),
-        config=("n_layers", "dim", "n_heads", "hidden_dim"),
-    ),
-    heads={
-        "vocab_transform": "width",
-        "vocab_layer_norm": "width",
-        "vocab_projector": None,
-        "pre_classifier": "width",
-        "classifier": None,
-        "qa_outputs": None,
-    },
+DISTILBERT = Encoder(
+    block=TransformerBlock,
+    attention=DistilBertSelfAttention,
+    layers="transformer.layer",
+    attention_name="attention",
+    heads="n_heads",
+    projections=("attention.q_lin", "attention.k_lin", "attention.v_lin", "attention.out_lin"),
+    mlp=("ffn.lin1", "ffn.lin2"),
+    norms=("sa_layer_norm", "output_layer_norm"),
+    tables=("embeddings.word_embeddings", "embeddings.position_embeddings"),
+    inner=("embeddings.LayerNorm", "vocab_transform", "vocab_layer_norm", "pre_classifier"),
+    last=("vocab_projector", "classifier", "qa_outputs"),
+    units="hidden_dim",
 )
 
 for _network in whole_classes(
@@ -46,4 +34,4 @@ for _network in whole_classes(
     "DistilBertForTokenClassification",
     "DistilBertForMultipleChoice",
 ):
-    families.register(_network)(DISTILBERT)
+    families.register(_network)(EncoderAdapter("transformers_distilbert", DISTILBERT))

