@@ -14,7 +14,6 @@ from transformers import (
     BeitForImageClassification,
     BertConfig,
     BertForSequenceClassification,
-    BertModel,
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
@@ -38,7 +37,13 @@ from lightning_nas.saving import load, save
 
 HEAD, WIDTH, VOCABULARY = 8, 32, 50
 SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
-TEXT = {"vocab_size": VOCABULARY, "max_position_embeddings": 20, "bos_token_id": 1, "eos_token_id": 2, **SIZES}
+TEXT = {
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 20,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    **SIZES,
+}
 IMAGE = {"image_size": 8, "patch_size": 4, **SIZES}
 STANDARD = {"model.safetensors", "network.json", "config.json"}
 
@@ -112,7 +117,9 @@ def cut_projections(projections, heads, out):
 def cut_bert_layer(layer, heads=None, mlp=None):
     attention = layer.attention.self
     if heads:
-        cut_projections((attention.query, attention.key, attention.value), heads, layer.attention.output.dense)
+        cut_projections(
+            (attention.query, attention.key, attention.value), heads, layer.attention.output.dense
+        )
         attention.num_attention_heads, attention.all_head_size = heads, heads * HEAD
     if mlp:
         outputs_of(layer.intermediate.dense, mlp)
@@ -136,7 +143,9 @@ def cut_vision_layer(layer, heads=None, mlp=None):
         attention.num_attention_heads = heads
         if hasattr(layer, "relative_position_bias"):
             bias = layer.relative_position_bias
-            bias.relative_position_bias_table = nn.Parameter(bias.relative_position_bias_table.data[:, :heads])
+            bias.relative_position_bias_table = nn.Parameter(
+                bias.relative_position_bias_table.data[:, :heads]
+            )
     if mlp:
         outputs_of(layer.mlp.fc1, mlp)
         inputs_of(layer.mlp.fc2, mlp)
@@ -207,6 +216,8 @@ def cut(model, *sizes, **settings):
     for layer, size in zip(layers, sizes, strict=True):
         cut_layer(layer, *size)
     model.config.num_hidden_layers = len(sizes)
+    if isinstance(model, DistilBertForQuestionAnswering):
+        model.distilbert.transformer.n_layers = len(sizes)
     if hasattr(model.config, "stage_names"):  # BEiT may be a backbone
         model.config.stage_names = model.config.stage_names[: len(sizes) + 1]
         model.config.set_output_features_output_indices(None, None)
@@ -246,10 +257,11 @@ def narrow_bert(width):
     return model
 
 
-def mixed_types():
-    model = cut(bert().to(torch.bfloat16), (2,), (4,))
-    model.classifier.float()
-    model.classifier.register_forward_pre_hook(lambda module, args: (args[0].float(),))
+def norms_in_single_precision():
+    model = cut(bert(), (1, 7), (4, 48)).to(torch.bfloat16)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.float()
     return model
 
 
@@ -268,7 +280,9 @@ EXPRESSIBLE = {
     "RoBERTa, fewer layers": lambda: cut(roberta(), NONE, NONE),
     "RoBERTa, untied": untied_head,
     "DistilBERT, smaller MLP": lambda: cut(distilbert(), *[(None, 9)] * 2, hidden_dim=9),
-    "ViT, fewer heads": lambda: cut(vit(), (2, 20), (2, 20), num_attention_heads=2, head_dim=HEAD, intermediate_size=20),
+    "ViT, fewer heads": lambda: cut(
+        vit(), (2, 20), (2, 20), num_attention_heads=2, head_dim=HEAD, intermediate_size=20
+    ),
     "ViT, three of four heads": lambda: cut(vit(), (3,), (3,), num_attention_heads=3, head_dim=HEAD),
     "DeiT, fewer heads": lambda: cut(deit(), (3,), (3,), num_attention_heads=3, head_dim=HEAD),
     "BEiT, fewer heads": lambda: cut(beit(), (3,), (3,), num_attention_heads=3, head_dim=HEAD),
@@ -291,6 +305,7 @@ OTHERS = {
         lambda: cut(bert(attn_implementation="eager"), (2,)),
         "AutoModelForSequenceClassification",
     ),
+    "BERT, norms in single precision": (norms_in_single_precision, "AutoModelForSequenceClassification"),
     "RoBERTa": (lambda: cut(roberta(), (1, 7), (4, 48)), "AutoModelForMaskedLM"),
     "DistilBERT": (lambda: cut(distilbert(), (1, 7), (4, 48)), "AutoModelForQuestionAnswering"),
     "ViT": (lambda: cut(vit(), (1, 7), (4, 48)), "AutoModelForImageClassification"),
@@ -360,3 +375,362 @@ def test_a_loaded_network_gives_the_saved_ones_outputs_bit_for_bit(saved, name):
     assert type(again) is type(model)
     assert not again.training
     assert_same_outputs(again, model)
+
+
+def test_padding_and_every_hidden_state_are_those_of_the_saved_network(saved):
+    model, folder = saved["BERT"]
+    inputs = {**inputs_for(model), "attention_mask": torch.tensor([[1] * 6, [1] * 4 + [0] * 2])}
+    with torch.no_grad():
+        expected, found = (m(**inputs, output_hidden_states=True) for m in (model, load(folder)))
+    assert all(map(torch.equal, found.hidden_states, expected.hidden_states))
+    assert torch.equal(found.logits, expected.logits)
+
+
+# --- where this package is missing
+
+
+@pytest.fixture(scope="module")
+def fresh(saved, tmp_path_factory):
+    """What a process without this package finds by the line under "rebuild": outputs that differ, by folder.
+
+    And, under "new", the weights that a modelling file gives to a network made from the config alone.
+    """
+    script = """
+import json, os, sys
+from pathlib import Path
+sys.modules["lightning_nas"] = None
+import torch, transformers
+from safetensors.torch import load_file
+
+torch.set_num_threads(1)
+found = {}
+for folder in map(Path, sys.argv[1:]):
+    description = json.loads((folder / "network.json").read_text())
+    sys.path.insert(0, str(folder))
+    names = {"transformers": transformers, "folder": folder}
+    exec(description["rebuild"], names)
+    sys.path.remove(str(folder))
+    sys.modules.pop("modeling_subnetwork", None)
+    model, data = names["model"], load_file(folder.with_suffix(".safetensors"))
+    inputs = {k[3:]: v for k, v in data.items() if k.startswith("in.")}
+    with torch.no_grad():
+        outputs = dict(model(**inputs))
+        if "out.tokens" in data:
+            outputs["tokens"] = model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    expected = {k[4:]: v for k, v in data.items() if k.startswith("out.")}
+    found[folder.name] = [k for k, v in expected.items() if not torch.equal(outputs[k], v)]
+    if folder.name == os.environ["MADE_NEW"]:
+        auto = transformers.AutoModelForSequenceClassification
+        new = auto.from_config(model.config, trust_remote_code=True)
+        query = new.bert.encoder.layer[0].attention.self.query
+        found["new"] = [tuple(query.weight.shape), float(query.weight.std()), float(query.bias.abs().max())]
+try:
+    import lightning_nas
+except ImportError:
+    print(json.dumps(found))
+"""
+    folders = [str(folder) for _, folder in saved.values()]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path_factory.mktemp("hf"))}
+    environment["HF_MODULES_CACHE"] = str(tmp_path_factory.mktemp("modules"))
+    environment["MADE_NEW"] = saved["BERT"][1].name
+    command = [sys.executable, "-c", script, *folders]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def rebuild_of(folder):
+    return json.loads((folder / "network.json").read_text())["rebuild"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPRESSIBLE)
+def test_a_shape_that_a_config_can_say_is_a_standard_checkpoint_for_plain_from_pretrained(saved, fresh, name):
+    model, folder = saved[f"{name} (standard)"]
+    assert rebuild_of(folder).startswith(
+        f"model = transformers.{type(model).__name__}.from_pretrained(folder"
+    )
+    assert "trust_remote_code" not in rebuild_of(folder)
+    assert {path.name for path in folder.iterdir()} - {"generation_config.json"} == STANDARD
+    assert fresh[folder.name] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_any_other_shape_is_rebuilt_by_its_modelling_file_without_this_package(saved, fresh, name):
+    _, folder = saved[name]
+    auto, rebuild = OTHERS[name][1], rebuild_of(folder)
+    assert (
+        f"{auto}.from_pretrained(" in rebuild
+        if auto
+        else rebuild.startswith("from modeling_subnetwork import")
+    )
+    assert ("trust_remote_code=True" in rebuild) == (auto is not None)
+    assert (folder / "modeling_subnetwork.py").exists()
+    assert fresh[folder.name] == []
+
+
+@pytest.mark.parametrize("name", EXPRESSIBLE)
+def test_a_standard_checkpoint_holds_what_save_pretrained_writes(saved, tmp_path, name):
+    model, folder = saved[f"{name} (standard)"]
+    model.save_pretrained(tmp_path)
+    for theirs in tmp_path.iterdir():
+        assert (folder / theirs.name).read_bytes() == theirs.read_bytes(), theirs.name
+
+
+@pytest.mark.parametrize("name", ["BERT", "CLIP", "a class that no Auto class knows"])
+def test_a_modelling_file_is_formatted_and_names_only_what_it_uses(saved, name):
+    file = saved[name][1] / "modeling_subnetwork.py"
+    for check in (["format", "--isolated", "--check"], ["check", "--isolated", "--select=E4,E7,E9,F,I"]):
+        subprocess.run([sys.executable, "-m", "ruff", *check, str(file)], check=True, capture_output=True)
+
+
+@pytest.mark.slow
+def test_a_modelling_file_gives_new_networks_initialised_weights_of_the_small_shapes(fresh):
+    shape, deviation, bias = fresh["new"]
+    assert shape == [HEAD, WIDTH]
+    assert deviation == pytest.approx(0.02, rel=0.2)  # BERT's rule; four standard errors of 256 weights
+    assert bias == 0
+
+
+# --- what is restored
+
+
+@pytest.mark.parametrize("name", ["RoBERTa", "GPT-2", "CLIP", "ViT, fewer heads (standard)"])
+def test_saving_a_loaded_network_writes_the_same_bytes(saved, tmp_path, name):
+    folder = saved[name][1]
+    again = save(load(folder), tmp_path / "again")
+    assert {path.name for path in again.iterdir()} == {p.name for p in folder.iterdir() if p.is_file()}
+    for file in again.iterdir():
+        assert file.read_bytes() == (folder / file.name).read_bytes(), file.name
+
+
+def test_tied_weights_are_tied_again(saved):
+    model = load(saved["GPT-2"][1])
+    assert model.lm_head.weight is model.transformer.wte.weight
+    model = load(saved["RoBERTa"][1])
+    assert model.lm_head.decoder.weight is model.roberta.embeddings.word_embeddings.weight
+    assert model.lm_head.decoder.bias is model.lm_head.bias
+    model = load(saved["RoBERTa, untied (standard)"][1])
+    assert model.lm_head.decoder.weight is not model.roberta.embeddings.word_embeddings.weight
+
+
+@pytest.mark.parametrize("name", ["BERT", "Llama by layer", "CLIP"])
+def test_buffers_that_no_file_holds_have_their_values_after_loading(saved, name):
+    model, folder = saved[name]
+    again = load(folder)
+    outside = {n: b for n, b in model.named_buffers() if n not in model.state_dict()}
+    assert outside
+    assert [n for n, b in outside.items() if not torch.equal(again.get_buffer(n), b)] == []
+
+
+def test_each_tensor_keeps_its_type(saved):
+    model, folder = saved["BERT, norms in single precision"]
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    assert set(dtypes.values()) == {torch.bfloat16, torch.float32}
+    assert {name: tensor.dtype for name, tensor in load(folder).state_dict().items()} == dtypes
+
+
+def test_a_rotary_buffer_cast_with_the_network_is_cast_again(tmp_path):
+    model = randomised(cut(llama(), (1, 7)).to(torch.bfloat16), 0)
+    assert_same_outputs(load(save(model, tmp_path)), model)
+
+
+def test_drop_rates_are_restored_though_a_standard_checkpoint_has_those_of_its_config(tmp_path):
+    model = cut(beit(), NONE, NONE)  # of three layers with rates from 0 to 0.1
+    again = load(save(model, tmp_path))
+    assert again.beit.layers[1].drop_path.drop_prob == pytest.approx(0.05)
+    assert "trust_remote_code" not in rebuild_of(tmp_path)
+
+
+def test_generation_settings_are_kept(tmp_path):
+    model = cut(gpt2(), (1, 7))
+    model.generation_config.max_length = 17
+    model.generation_config.eos_token_id = 3
+    again = load(save(model, tmp_path))
+    assert again.generation_config.to_dict() == model.generation_config.to_dict()
+    assert json.loads((tmp_path / "generation_config.json").read_text())["max_length"] == 17
+
+
+def test_saving_and_loading_leave_the_network_and_random_numbers_alone(tmp_path):
+    model = cut(vit(), (1, 7))
+    config, generator = model.config.to_dict(), torch.get_rng_state()
+    load(save(model, tmp_path))
+    assert model.config.to_dict() == config
+    assert torch.equal(torch.get_rng_state(), generator)
+
+
+def test_how_a_network_is_trained_does_not_change_what_is_written(tmp_path):
+    model = bert()
+    model.activation_checkpointing_enable()
+    model.enable_input_require_grads()
+    model.bert.embeddings.requires_grad_(False)
+    assert "trust_remote_code" not in rebuild_of(save(model.train(), tmp_path))
+
+
+def test_a_network_that_from_pretrained_returned_is_saved_as_a_standard_checkpoint_again(saved, tmp_path):
+    for name in ("ViT, fewer heads", "CLIP, fewer layers", "Llama, tied"):
+        model, folder = saved[f"{name} (standard)"]
+        again = type(model).from_pretrained(folder)
+        assert "trust_remote_code" not in rebuild_of(save(again, tmp_path))
+        assert_same_outputs(load(tmp_path), model)
+
+
+def test_files_of_an_earlier_network_do_not_stay(tmp_path):
+    save(cut(gpt2(), (1, 7)), tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
+    save(bert(), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*STANDARD, "notes.txt"}
+
+
+# --- what is refused, before anything is written
+
+
+def with_change(model, change):
+    change(model)
+    return model
+
+
+def set_config(model, **settings):
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    return model
+
+
+def parameter(*shape):
+    return nn.Parameter(torch.ones(shape))
+
+
+REFUSED = {
+    "network inside": (lambda: nn.ModuleDict({"net": bert()}), "sub-module 'net' is one"),
+    "no network": (
+        lambda: bert().bert.encoder,
+        "BertEncoder cannot be saved; .*every network of transformers",
+    ),
+    "layers that the config does not know of": (
+        lambda: with_change(bert(), lambda m: m.bert.encoder.layer.__delitem__(2)),
+        r"'bert.encoder.layer.2' is absent, but .* a BertLayer.*number of layers",
+    ),
+    "other layer": (
+        lambda: with_change(bert(), lambda m: setattr(m, "classifier", nn.Bilinear(4, 8, 5))),
+        "'classifier' is a Bilinear, but .* makes it a Linear",
+    ),
+    "new parameter": (
+        lambda: with_change(bert(), lambda m: m.bert.register_parameter("extra", parameter(2))),
+        r"'bert.extra' has the shape \(2,\), .* makes it None",
+    ),
+    "larger tensor": (
+        lambda: with_change(bert(), lambda m: setattr(m.classifier, "weight", parameter(6, WIDTH))),
+        r"'classifier.weight' has the shape \(6, 32\), .* makes it \(5, 32\)",
+    ),
+    "own forward": (
+        lambda: with_change(bert(), lambda m: setattr(m, "forward", lambda x: x)),
+        "attribute 'forward' .function. is not what",
+    ),
+    "own activation": (
+        lambda: with_change(bert(), lambda m: setattr(m.bert.encoder.layer[0].intermediate, "note", [1])),
+        "attribute 'bert.encoder.layer.0.intermediate.note' .list.",
+    ),
+    "buffer with other values": (
+        lambda: with_change(llama(), lambda m: m.model.rotary_emb.inv_freq.mul_(2)),
+        "buffer 'model.rotary_emb.inv_freq' is not persistent",
+    ),
+    "untied against its config": (
+        lambda: with_change(gpt2(), lambda m: setattr(m.lm_head, "weight", parameter(VOCABULARY, WIDTH))),
+        "'lm_head.weight' and 'transformer.wte.weight' are two tensors, but .* makes them one",
+    ),
+    "tied against its config": (
+        lambda: with_change(
+            untied_head(),
+            lambda m: setattr(m.lm_head.decoder, "weight", m.roberta.embeddings.word_embeddings.weight),
+        ),
+        "'lm_head.decoder.weight' .* are one tensor, but .* makes them two",
+    ),
+    "config that transformers refuses": (
+        lambda: set_config(cut(llama(), (1,)), num_attention_heads=3),
+        "(?s)cannot build a LlamaForCausalLM from the config .*not a multiple of the number of attention",
+    ),
+    "no values": (lambda: bert().to("meta"), "holds no values"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_rebuilt_is_refused_before_anything_is_written(tmp_path, name):
+    make, message = REFUSED[name]
+    with pytest.raises(UnsupportedError, match=message):
+        save(make(), tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_a_users_subclass_is_refused_because_it_may_compute_anything(tmp_path):
+    class Mine(BertForSequenceClassification):
+        pass
+
+    with pytest.raises(UnsupportedError, match="Mine cannot be saved; supported are"):
+        save(Mine(BertConfig(**TEXT)), tmp_path)
+
+
+# --- damaged folders
+
+
+MISSING = object()
+
+
+def rewrite(folder, **changes):
+    file = folder / "network.json"
+    description = json.loads(file.read_text())
+    network = {k: v for k, v in {**description["network"], **changes}.items() if v is not MISSING}
+    file.write_text(json.dumps({**description, "network": network}))
+
+
+def flip_a_byte(folder):
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+
+
+UNTOUCHED = {"shapes": {}, "dtypes": {}, "attributes": {}}
+DAMAGES = {
+    "a class of another package": (
+        lambda f: rewrite(f, **{"class": "subprocess.Popen"}),
+        "'subprocess.Popen' is not a network that transformers exports",
+    ),
+    "an unknown class": (
+        lambda f: rewrite(f, **{"class": "transformers.Nothing"}),
+        "transformers.Nothing' is not",
+    ),
+    "no network class": (
+        lambda f: rewrite(f, **{"class": "transformers.pipeline"}),
+        "transformers.pipeline' is not",
+    ),
+    "no config": (lambda f: rewrite(f, config=MISSING), "cannot be built .KeyError: 'config'"),
+    "no list of differences": (lambda f: rewrite(f, subnetwork=MISSING), "KeyError: 'subnetwork'"),
+    "half of that list": (
+        lambda f: rewrite(f, subnetwork={"shapes": {}}),
+        "missing .* 'dtypes' and 'attributes'",
+    ),
+    "a list of nothing": (lambda f: rewrite(f, subnetwork=UNTOUCHED), r"is \(8, 32\), expected \(32, 32\)"),
+    "altered weights": (flip_a_byte, "SHA-256"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_folder_says_what_is_wrong(tmp_path, name):
+    damage, message = DAMAGES[name]
+    folder = save(cut(bert(), (1, 7), (4, 48)), tmp_path / "folder")
+    damage(folder)
+    with pytest.raises(SavedFolderError, match=message) as caught:
+        load(folder)
+    assert str(folder) in str(caught.value)
+
+
+def test_loading_runs_no_code_of_the_folder_and_unpickles_nothing(tmp_path, monkeypatch):
+    model = cut(bert(), (1, 7), (4, 48))
+    folder = save(model, tmp_path)
+    (folder / "modeling_subnetwork.py").write_text("raise SystemExit('code of the folder ran')")
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("something was unpickled")
+
+    monkeypatch.setattr("pickle.Unpickler", refuse)
+    monkeypatch.setattr("torch.load", refuse)
+    assert type(load(folder)) is type(model)

@@ -2,8 +2,8 @@
 
 The network is compared, module by module, with the stock twin that its configuration alone gives. Where
 nothing differs, the folder is a standard checkpoint. Where tensors are smaller or plain attributes have other
-values, these are listed in ``config.json``, and a small modelling file, for ``trust_remote_code=True``, applies
-the list. Whatever else differs is refused by name. No model class is known here.
+values, these are listed in ``config.json``, and a small modelling file, for ``trust_remote_code=True``,
+applies the list. Whatever else differs is refused by name. No model class is known here.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _NOT_COMPARED = {  # of every module, and where it came from, how it is trained
     *vars(nn.Module()), "name_or_path", "generation_config", "gradient_checkpointing", "hf_device_map",
     "_is_hf_initialized", "_use_kernels",
 }  # fmt: skip
+_RATES = {"p", "drop_prob"}  # without effect in evaluation mode
 
 
 def supports(model: nn.Module) -> bool:
@@ -45,9 +46,9 @@ def describe(model: PreTrainedModel, shared: Mapping[str, str]) -> Description:
     """
     name = type(model).__name__
     try:
-        config = json.loads(model.config.to_json_string())
+        written_by_saving = {"architectures": [name], "dtype": _dtype(model)}
+        config = dict(sorted({**json.loads(model.config.to_json_string()), **written_by_saving}.items()))
         config.pop("auto_map", None)  # of the checkpoint that it came from
-        config.update(architectures=[name], dtype=_dtype(model))
         network: dict[str, Any] = {
             "class": f"transformers.{name}",
             "config": config,
@@ -75,11 +76,11 @@ def describe(model: PreTrainedModel, shared: Mapping[str, str]) -> Description:
         files["generation_config.json"] = _json(network["generation_config"])
     autos = _auto_classes(twin)
     call = f"{name}.from_pretrained(folder{_options(network)})"
-    if not any(network["subnetwork"].values()):
+    if _config_says_all(**network["subnetwork"]):
         rebuild = f"model = transformers.{call}"
     else:
         config = {**config, "subnetwork": network["subnetwork"]}
-        config["auto_map"] = {auto: f"{_SOURCE}.{name}" for auto in autos}
+        config["auto_map"] = dict.fromkeys(autos, f"{_SOURCE}.{name}")
         rebuild = f"from {_SOURCE} import {name}; model = {call}  # with the folder in sys.path"
         if autos:
             options = f"{_options(network)}, trust_remote_code=True"
@@ -101,8 +102,13 @@ def build(network: Mapping[str, Any]) -> PreTrainedModel:
     return model
 
 
-# Its text is part of the modelling file, so it uses nothing but torch.
-def shrink(model, shapes, dtypes, attributes):  # type: ignore[no-untyped-def]
+# Its text is part of the modelling file: it uses nothing but what that imports.
+def shrink(
+    model: transformers.PreTrainedModel,
+    shapes: dict[str, list[int]],
+    dtypes: dict[str, str],
+    attributes: dict[str, object],
+) -> None:
     """Give a stock network the smaller tensors and other attributes of a subnetwork."""
     for name, shape in shapes.items():
         path, _, attribute = name.rpartition(".")
@@ -118,7 +124,8 @@ def shrink(model, shapes, dtypes, attributes):  # type: ignore[no-untyped-def]
         tensor.data = tensor.data.to(getattr(torch, dtype))
     for name, value in attributes.items():
         path, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(path), attribute, tuple(value) if isinstance(value, list) else value)
+        value = tuple(value) if isinstance(value, list) else value
+        setattr(model.get_submodule(path), attribute, value)
     model.tie_weights()
 
 
@@ -126,19 +133,23 @@ def stored_names(model: PreTrainedModel) -> dict[str, str]:
     """The names that ``save_pretrained`` gives to tensors, as far as it only renames them."""
     state = model.state_dict()
     names = {id(tensor): name for name, tensor in state.items()}
-    renamed = {
-        names.get(id(tensor)): stored for stored, tensor in revert_weight_conversion(model, state).items()
-    }
+    stored = revert_weight_conversion(model, state)
+    renamed = {names.get(id(tensor), "another tensor"): name for name, tensor in stored.items()}
     return renamed if renamed.keys() == state.keys() else {}
+
+
+def _config_says_all(
+    shapes: Mapping[str, Any], dtypes: Mapping[str, Any], attributes: Mapping[str, Any]
+) -> bool:
+    return not shapes and not dtypes and all(name.rpartition(".")[2] in _RATES for name in attributes)
 
 
 def _stock(network: Mapping[str, Any]) -> PreTrainedModel:
     """What the configuration alone builds: buffers with their values, parameters without."""
-    prefix, _, name = network["class"].rpartition(".")
+    package, _, name = network["class"].rpartition(".")
     model_class = _exported(name)
-    if prefix != "transformers" or not (
-        isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)
-    ):
+    is_network = isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)
+    if package != "transformers" or not is_network:
         raise ValueError(f"{network['class']!r} is not a network that transformers exports")
     config = model_class.config_class.from_dict(
         deepcopy(network["config"]), attn_implementation=network["attention"]
@@ -157,20 +168,17 @@ def _exported(name: str) -> Any:
 
 def _attention(config: PreTrainedConfig) -> dict[str, str]:
     """The kernels that every machine has, of the network and its parts; they decide the last bits."""
-    configs = {"": config, **{key: getattr(config, key) for key in config.sub_configs}}
-    kernels = {key: getattr(part, "_attn_implementation", None) for key, part in configs.items()}
+    parts = {"": config, **{key: getattr(config, key) for key in config.sub_configs}}
+    kernels = {key: getattr(part, "_attn_implementation", None) for key, part in parts.items()}
     return {key: kernel for key, kernel in kernels.items() if kernel in ("eager", "sdpa")}
 
 
 def _options(network: Mapping[str, Any]) -> str:
+    """What ``from_pretrained`` has to be told of the kernels."""
     kernels = network["attention"]
     if "eager" not in kernels.values():
         return ""
-    return (
-        f", attn_implementation={kernels['']!r}"
-        if len({*kernels.values()}) == 1
-        else f", attn_implementation={kernels}"
-    )
+    return f", attn_implementation={kernels[''] if len({*kernels.values()}) == 1 else kernels!r}"
 
 
 def _auto_classes(model: PreTrainedModel) -> list[str]:
@@ -191,10 +199,9 @@ def _auto_classes(model: PreTrainedModel) -> list[str]:
 
 def _source(name: str, rebuild: str) -> str:
     """A module with a subclass that makes the network's layers as small as ``config.json`` says."""
-    applied = inspect.getsource(shrink).replace(":  # type: ignore[no-untyped-def]", ":")
-    return f'''"""A {name} with layers smaller than its configuration says, written by lightning-nas.
+    return f'''"""A {name} with smaller layers, written by lightning-nas.
 
-The smaller layers are listed in config.json under "subnetwork". It needs transformers and torch
+The layers are listed in config.json under "subnetwork". It needs transformers and torch
 (written with transformers {transformers.__version__}, torch {torch.__version__.partition("+")[0]}):
 
     {rebuild}
@@ -210,7 +217,7 @@ class {name}(transformers.{name}):
         shrink(self, **config.subnetwork)
 
 
-{applied}'''
+{inspect.getsource(shrink)}'''
 
 
 def _json(values: Mapping[str, Any]) -> str:
@@ -230,8 +237,8 @@ def _compare_modules(model: nn.Module, twin: nn.Module) -> None:
         if type(ours.get(path)) is not type(theirs.get(path)):
             raise UnsupportedError(
                 f"nas.save: {path!r} is {_kind(ours.get(path))}, but the config of the network makes it "
-                f"{_kind(theirs.get(path))}; a network changed in this way cannot be rebuilt. Where the number "
-                "of layers changed, set it in model.config."
+                f"{_kind(theirs.get(path))}; a network changed in this way cannot be rebuilt. Where the "
+                "number of layers changed, set it in model.config."
             )
 
 
@@ -243,10 +250,10 @@ def _compare_ties(ours: Mapping[str, str], theirs: Mapping[str, str]) -> None:
     different = sorted(ours.items() ^ theirs.items())
     if different:
         name, first = different[0]
-        tied, config = ("one tensor", "two") if name in ours else ("two tensors", "one")
+        found, expected = ("one tensor", "two") if name in ours else ("two tensors", "one")
         raise UnsupportedError(
-            f"nas.save: {name!r} and {first!r} are {tied}, but the config of the network makes them {config}. "
-            "Set model.config.tie_word_embeddings as it is, or tie or copy them."
+            f"nas.save: {name!r} and {first!r} are {found}, but the config of the network makes them "
+            f"{expected}. Change model.config.tie_word_embeddings, or tie or copy the tensors."
         )
 
 
@@ -263,8 +270,8 @@ def _smaller_shapes(model: nn.Module, twin: nn.Module) -> dict[str, list[int]]:
         mine, stock = ours.get(name), theirs.get(name)
         if mine is None or stock is None or len(mine) != len(stock) or any(map(int.__gt__, mine, stock)):
             raise UnsupportedError(
-                f"nas.save: {name!r} has the shape {mine}, the config of the network makes it {stock}; only a "
-                "smaller tensor can be rebuilt. Give model.config the sizes of the network."
+                f"nas.save: {name!r} has the shape {mine}, the config of the network makes it {stock}; only "
+                "a smaller tensor can be rebuilt. Give model.config the sizes of the network."
             )
     return {name: list(shape) for name, shape in ours.items() if shape != theirs[name]}
 
@@ -287,8 +294,8 @@ def _derived_buffers(model: nn.Module, twin: nn.Module) -> dict[str, str]:
         stock = twin.get_buffer(name)
         if stock.shape != buffer.shape or not torch.allclose(stock.to(buffer.dtype), buffer.cpu()):
             raise UnsupportedError(
-                f"nas.save: the buffer {name!r} is not persistent, so no file would hold it, and its values are "
-                "not those that the config of the network gives. Restore them, or change model.config."
+                f"nas.save: the buffer {name!r} is not persistent, so no file would hold it, and its values "
+                "are not those that the config of the network gives. Restore them, or change model.config."
             )
         if stock.dtype != buffer.dtype:
             dtypes[name] = _dtype(buffer)
@@ -308,8 +315,8 @@ def _other_attributes(model: nn.Module, twin: nn.Module) -> dict[str, Any]:
                 found[name] = list(value) if isinstance(value, tuple) else value
             elif not attribute.startswith("_"):
                 raise UnsupportedError(
-                    f"nas.save: the attribute {name!r} ({type(value).__name__}) is not what the config of the "
-                    "network gives, and cannot be stored. Remove it, or change model.config."
+                    f"nas.save: the attribute {name!r} ({type(value).__name__}) is not what the config of "
+                    "the network gives, and cannot be stored. Remove it, or change model.config."
                 )
     return found
 
