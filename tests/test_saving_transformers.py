@@ -28,6 +28,8 @@ from transformers import (
     LlamaForCausalLM,
     RobertaConfig,
     RobertaForMaskedLM,
+    ViltConfig,
+    ViltForQuestionAnswering,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -85,6 +87,10 @@ def llama(**settings):
     return LlamaForCausalLM(LlamaConfig(**{**TEXT, "num_key_value_heads": 2, **settings}))
 
 
+def vilt():
+    return ViltForQuestionAnswering(ViltConfig(vocab_size=VOCABULARY, **IMAGE))
+
+
 def clip():
     towers = {"text_config": {**TEXT, "eos_token_id": 49}, "vision_config": IMAGE}
     return CLIPModel(CLIPConfig(projection_dim=16, **towers))
@@ -115,7 +121,7 @@ def cut_projections(projections, heads, out):
 
 
 def cut_bert_layer(layer, heads=None, mlp=None):
-    attention = layer.attention.self
+    attention = getattr(layer.attention, "self", None) or layer.attention.attention  # of ViLT
     if heads:
         cut_projections(
             (attention.query, attention.key, attention.value), heads, layer.attention.output.dense
@@ -204,6 +210,7 @@ CUTS = {
     BeitForImageClassification: (lambda m: m.beit.layers, cut_vision_layer),
     GPT2LMHeadModel: (lambda m: m.transformer.h, cut_gpt2_layer),
     LlamaForCausalLM: (lambda m: m.model.layers, cut_llama_layer),
+    ViltForQuestionAnswering: (lambda m: m.vilt.encoder.layer, cut_bert_layer),
     CLIPTextModelWithProjection: (lambda m: m.text_model.encoder.layers, cut_clip_layer),
 }
 
@@ -292,6 +299,7 @@ EXPRESSIBLE = {
         llama(), (1, 20), (1, 20), num_attention_heads=2, num_key_value_heads=1, intermediate_size=20
     ),
     "Llama, tied": lambda: cut(llama(tie_word_embeddings=True), NONE),
+    "ViLT, fewer layers": lambda: cut(vilt(), NONE, NONE),
     "CLIP, fewer layers": lambda: cut_clip(clip(), [NONE, NONE], [NONE]),
     "CLIP text tower": clip_text,
 }
@@ -316,6 +324,7 @@ OTHERS = {
         lambda: cut(llama(num_key_value_heads=4), (3,), (3,)),
         "AutoModelForCausalLM",
     ),
+    "ViLT": (lambda: cut(vilt(), (1, 7), (4, 48)), "AutoModelForVisualQuestionAnswering"),
     "CLIP": (lambda: cut_clip(clip(), [(1, 7), (2, 9)], [(3, 8)]), "AutoModel"),
     "a class that no Auto class knows": (lambda: cut(clip_text(), (1, 7), (4, 48)), None),
 }
@@ -333,7 +342,7 @@ def inputs_for(model):
     generator = torch.Generator().manual_seed(7)
     ids = torch.randint(3, VOCABULARY - 1, (2, 6), generator=generator)
     images = torch.randn(2, 3, 8, 8, generator=generator).to(model.dtype)
-    if isinstance(model, CLIPModel):
+    if isinstance(model, CLIPModel | ViltForQuestionAnswering):
         return {"input_ids": ids, "pixel_values": images}
     return {model.main_input_name: images if model.main_input_name == "pixel_values" else ids}
 
@@ -342,6 +351,7 @@ def outputs(model):
     """Every tensor that the network returns; of a decoder the tokens that it generates too."""
     with torch.no_grad():
         inputs = inputs_for(model)
+        torch.manual_seed(0)  # ViLT draws the order of its patches
         found = {k: v for k, v in model(**inputs).items() if isinstance(v, torch.Tensor)}
         if model.can_generate() and not isinstance(model, RobertaForMaskedLM):
             found["tokens"] = model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=0)
@@ -413,6 +423,7 @@ for folder in map(Path, sys.argv[1:]):
     sys.modules.pop("modeling_subnetwork", None)
     model, data = names["model"], load_file(folder.with_suffix(".safetensors"))
     inputs = {k[3:]: v for k, v in data.items() if k.startswith("in.")}
+    torch.manual_seed(0)
     with torch.no_grad():
         outputs = dict(model(**inputs))
         if "out.tokens" in data:
@@ -467,6 +478,12 @@ def test_any_other_shape_is_rebuilt_by_its_modelling_file_without_this_package(s
     assert ("trust_remote_code=True" in rebuild) == (auto is not None)
     assert (folder / "modeling_subnetwork.py").exists()
     assert fresh[folder.name] == []
+
+
+@pytest.mark.parametrize("make", [bert, roberta, distilbert, gpt2, vilt, clip_text])
+def test_networks_whose_heads_share_the_width_need_the_modelling_file_for_fewer_heads(tmp_path, make):
+    folder = save(cut(make(), *[(2, None)] * 3), tmp_path)
+    assert (folder / "modeling_subnetwork.py").exists()
 
 
 @pytest.mark.parametrize("name", EXPRESSIBLE)

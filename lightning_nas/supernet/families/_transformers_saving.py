@@ -53,10 +53,10 @@ def describe(model: PreTrainedModel, shared: Mapping[str, str]) -> Description:
             "class": f"transformers.{name}",
             "config": config,
             "attention": _attention(model.config),
-            "generation_config": json.loads(model.generation_config.to_json_string())
-            if model.can_generate()
-            else None,
+            "generation_config": None,
         }
+        if model.can_generate():
+            network["generation_config"] = json.loads(model.generation_config.to_json_string())
         twin = _stock(network)
     except Exception as error:  # configurations check themselves, each in its own way
         raise UnsupportedError(
@@ -71,22 +71,13 @@ def describe(model: PreTrainedModel, shared: Mapping[str, str]) -> Description:
         "attributes": _other_attributes(model, twin),
     }
     network["buffers"] = _derived_buffers(model, twin)
-    files = {}
+    if _config_says_all(**network["subnetwork"]):
+        rebuild = f"model = transformers.{name}.from_pretrained(folder{_kernels(network)})"
+        files = {"config.json": _json(config)}
+    else:
+        rebuild, files = _with_modelling_file(name, network, _auto_classes(twin))
     if network["generation_config"] is not None:
         files["generation_config.json"] = _json(network["generation_config"])
-    autos = _auto_classes(twin)
-    call = f"{name}.from_pretrained(folder{_options(network)})"
-    if _config_says_all(**network["subnetwork"]):
-        rebuild = f"model = transformers.{call}"
-    else:
-        config = {**config, "subnetwork": network["subnetwork"]}
-        config["auto_map"] = dict.fromkeys(autos, f"{_SOURCE}.{name}")
-        rebuild = f"from {_SOURCE} import {name}; model = {call}  # with the folder in sys.path"
-        if autos:
-            options = f"{_options(network)}, trust_remote_code=True"
-            rebuild = f"model = transformers.{autos[0]}.from_pretrained(folder{options})"
-        files[f"{_SOURCE}.py"] = _source(name, rebuild)
-    files["config.json"] = _json(config)
     return Description(network, rebuild, files, derived=frozenset(_outside_of_state(model)))
 
 
@@ -173,12 +164,30 @@ def _attention(config: PreTrainedConfig) -> dict[str, str]:
     return {key: kernel for key, kernel in kernels.items() if kernel in ("eager", "sdpa")}
 
 
-def _options(network: Mapping[str, Any]) -> str:
+# --- for a process without this package
+
+
+def _kernels(network: Mapping[str, Any]) -> str:
     """What ``from_pretrained`` has to be told of the kernels."""
     kernels = network["attention"]
     if "eager" not in kernels.values():
         return ""
     return f", attn_implementation={kernels[''] if len({*kernels.values()}) == 1 else kernels!r}"
+
+
+def _with_modelling_file(
+    name: str, network: Mapping[str, Any], autos: list[str]
+) -> tuple[str, dict[str, str]]:
+    """How to load the folder by a file in it, and the texts of that file and of ``config.json``."""
+    config = {**network["config"], "subnetwork": network["subnetwork"]}
+    if autos:
+        config["auto_map"] = dict.fromkeys(autos, f"{_SOURCE}.{name}")
+        options = f"{_kernels(network)}, trust_remote_code=True"
+        rebuild = f"model = transformers.{autos[0]}.from_pretrained(folder{options})"
+    else:
+        call = f"model = {name}.from_pretrained(folder{_kernels(network)})"
+        rebuild = f"from {_SOURCE} import {name}; {call}  # with the folder in sys.path"
+    return rebuild, {"config.json": _json(config), f"{_SOURCE}.py": _source(name, rebuild)}
 
 
 def _auto_classes(model: PreTrainedModel) -> list[str]:
