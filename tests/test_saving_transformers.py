@@ -8,6 +8,7 @@ import sys
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from torch import nn
 from transformers import (
     BeitConfig,
@@ -17,6 +18,7 @@ from transformers import (
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     DeiTConfig,
     DeiTForImageClassification,
@@ -486,6 +488,15 @@ def test_networks_whose_heads_share_the_width_need_the_modelling_file_for_fewer_
     assert (folder / "modeling_subnetwork.py").exists()
 
 
+@pytest.mark.parametrize("name", ["BERT", "Llama by layer", "CLIP"])
+def test_plain_transformers_refuses_a_folder_whose_modelling_file_it_may_not_run(saved, name):
+    model, folder = saved[name]
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        type(model).from_pretrained(folder)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        getattr(transformers, OTHERS[name][1]).from_pretrained(folder)
+
+
 @pytest.mark.parametrize("name", EXPRESSIBLE)
 def test_a_standard_checkpoint_holds_what_save_pretrained_writes(saved, tmp_path, name):
     model, folder = saved[f"{name} (standard)"]
@@ -590,6 +601,13 @@ def test_a_network_that_from_pretrained_returned_is_saved_as_a_standard_checkpoi
         again = type(model).from_pretrained(folder)
         assert "trust_remote_code" not in rebuild_of(save(again, tmp_path))
         assert_same_outputs(load(tmp_path), model)
+
+
+def test_one_tower_of_a_checkpoint_of_two_is_saved_under_its_own_names(saved, tmp_path):
+    text = CLIPTextModel.from_pretrained(saved["CLIP, fewer layers (standard)"][1])
+    folder = save(text, tmp_path)
+    assert_same_outputs(load(folder), text)
+    assert_same_outputs(CLIPTextModel.from_pretrained(folder), text)
 
 
 def test_files_of_an_earlier_network_do_not_stay(tmp_path):

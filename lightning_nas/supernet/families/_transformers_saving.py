@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any
 
 import torch
@@ -122,6 +122,8 @@ def shrink(
 
 def stored_names(model: PreTrainedModel) -> dict[str, str]:
     """The names that ``save_pretrained`` gives to tensors, as far as it only renames them."""
+    model = copy(model)
+    vars(model).pop("_weight_conversions", None)  # of the one checkpoint that from_pretrained read
     state = model.state_dict()
     names = {id(tensor): name for name, tensor in state.items()}
     stored = revert_weight_conversion(model, state)
