@@ -1,7 +1,8 @@
 """A network as a folder: safetensors for its weights, JSON for its shape, never a pickle.
 
-What a kind of network needs to be described and rebuilt stands in its family's own file
-(``supernet/families/_<library>_<family>_saving.py``), found by name and imported when first needed.
+What a kind of network needs to be described and rebuilt stands in a file of its own
+(``supernet/families/_<library>_<family>_saving.py``, or ``_<library>_saving.py`` for all networks of a
+library), found by name and imported when first needed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import pkgutil
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -27,16 +28,30 @@ from torch import Tensor, nn
 from lightning_nas.errors import SavedFolderError, UnsupportedError
 from lightning_nas.registry import Registry
 
-__all__ = ["SavedFamily", "load", "save", "saved_families"]
+__all__ = ["Description", "SavedFamily", "load", "save", "saved_families", "shared_parameters"]
 
 FORMAT, FORMAT_VERSION = "lightning-nas network", 1
-WEIGHTS, DESCRIPTION, SOURCE = "model.safetensors", "network.json", "network.py"
+WEIGHTS, DESCRIPTION = "model.safetensors", "network.json"
 _BEING_WRITTEN = ".saving-"
-_WITH_TIMM = (
-    "model = timm.create_model(timm['name'], **timm['kwargs']); "
-    "model.load_state_dict(safetensors.torch.load_file('model.safetensors')); model.eval()"
-)
-_WITH_SOURCE = "from network import load; model = load()  # needs timm, torch and safetensors"
+
+
+@dataclass(frozen=True)
+class Description:
+    """One network without its weights, as plain data.
+
+    Args:
+        network: what :attr:`SavedFamily.build` needs; JSON can write it.
+        rebuild: how to load the folder without this package, for a reader of the JSON.
+        files: name and text of the files that this takes.
+        entries: further entries of the JSON.
+        derived: buffers outside of the state dict that :attr:`SavedFamily.build` gives their values.
+    """
+
+    network: Mapping[str, Any]
+    rebuild: str
+    files: Mapping[str, str] = field(default_factory=dict)
+    entries: Mapping[str, Any] = field(default_factory=dict)
+    derived: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -45,20 +60,20 @@ class SavedFamily:
 
     Args:
         networks: which ones, in words, for messages.
+        library: the package that they come from.
         supports: whether a module is one of them.
-        describe: the module as data that JSON can write; its key ``"timm"`` holds the
-            ``timm.create_model`` call that builds it, or None where no such call exists. Raises
+        describe: the module as data, from the module and its :func:`shared_parameters`. Raises
             :class:`UnsupportedError` for what :attr:`build` could not restore.
         build: the module from that data. It is called under ``torch.device("meta")``: weights come later.
-        source: a Python file that builds and loads the network without this package, from the data and
-            from the shared parameters (name of a copy: name of the stored tensor).
+        stored_names: the names in the file of those tensors of a module that have another name there.
     """
 
     networks: str
+    library: str
     supports: Callable[[nn.Module], bool]
-    describe: Callable[[nn.Module], dict[str, Any]]
+    describe: Callable[[nn.Module, Mapping[str, str]], Description]
     build: Callable[[Mapping[str, Any]], nn.Module]
-    source: Callable[[Mapping[str, Any], Mapping[str, str]], str]
+    stored_names: Callable[[nn.Module], Mapping[str, str]] = lambda model: {}
 
 
 saved_families: Registry[SavedFamily] = Registry("family of saved networks")
@@ -71,13 +86,17 @@ def save(
     architecture: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a plain network to a folder from which :func:`load`, or timm alone, rebuilds it exactly.
+    """Write a plain network to a folder from which :func:`load`, or its library alone, rebuilds it exactly.
 
-    The folder gets ``model.safetensors``, ``network.json`` and, where no ``timm.create_model`` call can
-    express the network (fewer heads of the old size, MLP widths that differ), ``network.py``, which rebuilds
-    it with timm, torch and safetensors alone. A folder that an earlier call wrote is overwritten; other files
-    in it stay. Files are complete before they take the place of older ones, and the JSON, which holds a hash
-    of the weights, comes last: an interrupted call leaves the old network, or a folder that refuses to load.
+    The folder gets ``model.safetensors``, ``network.json``, and what the network's library needs to rebuild
+    it alone. Of transformers: ``config.json``, with which the folder is a standard checkpoint, and, where no
+    configuration can express the network (fewer heads of the old size, MLP widths that differ),
+    ``modeling_subnetwork.py``, to be used with ``trust_remote_code=True``. Of timm: nothing, or, where no
+    ``timm.create_model`` call can express the network, ``network.py``.
+
+    A folder that an earlier call wrote is overwritten; other files in it stay. Files are complete before they
+    take the place of older ones, and the JSON, which holds a hash of the weights, comes last: an interrupted
+    call leaves the old network, or a folder that refuses to load.
 
     Args:
         model: a network of a supported family, for example from ``supernet.extract(architecture)``.
@@ -100,29 +119,27 @@ def save(
     model = getattr(model, "_orig_mod", model)  # what torch.compile was given
     _refuse_elastic(model)
     name, family = _family_of(model)
-    network = family.describe(model)
-    call = network.pop("timm")
-    weights, shared = _weights(model)
-    if shared:
-        call = None  # timm's constructor makes separate parameters
-    source = family.source(network, shared) if call is None else None
+    _refuse_without_values(model)
+    shared = shared_parameters(model)
+    described = family.describe(model, shared)
+    weights = _weights(model, shared, described.derived, family.stored_names(model))
+    packages = ("lightning-nas", "torch", family.library, "safetensors")
     description: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "written_with": {
-            package: _version(package) for package in ("lightning-nas", "torch", "timm", "safetensors")
-        },
+        "written_with": {package: _version(package) for package in packages},
         "family": name,
-        "network": network,
-        "rebuild": _WITH_TIMM if call else _WITH_SOURCE,
-        "timm": call,
+        "network": described.network,
+        "rebuild": described.rebuild,
+        **described.entries,
+        "files": sorted(described.files),
         "parameters": sum(p.numel() for p in model.parameters()),
         "architecture": _plain("architecture", architecture),
         "metrics": _plain("metrics", metrics),
     }
     folder = Path(folder)
     _check_target(folder)
-    _write(folder, weights, shared, description, source)
+    _write(folder, weights, shared, description, described.files)
     return folder
 
 
@@ -158,7 +175,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
         raise SavedFolderError(
             f"nas.load: {folder / DESCRIPTION} describes a network that cannot be built "
             f"({type(error).__name__}: {error}). It was written with {description.get('written_with')}; "
-            f"this is timm {_version('timm')}. Save the network again."
+            f"this is {family.library} {_version(family.library)}. Save the network again."
         ) from error
     try:
         weights = load_file(folder / WEIGHTS, device=str(device))
@@ -167,6 +184,9 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
             f"nas.load: {folder / WEIGHTS} is damaged ({error}). Save the network again."
         ) from error
     shared = description["weights"].get("shared", {})
+    stored_names = family.stored_names(model)
+    names = {stored_names.get(name, name): name for name in model.state_dict() if name not in shared}
+    weights = {names.get(stored, stored): tensor for stored, tensor in weights.items()}
     _check_tensors(folder / WEIGHTS, model, weights, shared)
     # The file's own memory is not aligned as torch's is, and kernels round differently on it: the last bits.
     weights = {name: tensor.clone() for name, tensor in weights.items()}
@@ -175,7 +195,17 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     for name, stored in shared.items():
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, model.get_parameter(stored))
-    return model.eval()
+    return model.to(device).eval()  # derived buffers were made on the CPU
+
+
+def shared_parameters(model: nn.Module) -> dict[str, str]:
+    """Parameters that are another name of an earlier one, and the name of that one."""
+    first: dict[int, str] = {}
+    shared: dict[str, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if first.setdefault(id(parameter), name) != name:
+            shared[name] = first[id(parameter)]
+    return shared
 
 
 # --- families
@@ -232,27 +262,31 @@ def _refuse_elastic(model: nn.Module) -> None:
 # --- writing
 
 
-def _weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors to store, and the parameters that are another name of a stored one."""
-    first: dict[int, str] = {}
-    shared: dict[str, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if first.setdefault(id(parameter), name) != name:
-            shared[name] = first[id(parameter)]
-    state = model.state_dict()
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        if name not in state:
-            raise UnsupportedError(
-                f"nas.save: the buffer {name!r} (shape {tuple(buffer.shape)}) is not persistent, so no file "
-                "would hold it. Register it with persistent=True."
-            )
-    for name, tensor in state.items():
+def _refuse_without_values(model: nn.Module) -> None:
+    for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor) or tensor.is_meta:
             raise UnsupportedError(
                 f"nas.save: {name!r} holds no values (meta device, or not a tensor). Load weights first."
             )
+
+
+def _weights(
+    model: nn.Module, shared: Mapping[str, str], derived: frozenset[str], stored_names: Mapping[str, str]
+) -> dict[str, Tensor]:
+    """The tensors to store, by the names that they get in the file."""
+    state = model.state_dict()
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if name not in state and name not in derived:
+            raise UnsupportedError(
+                f"nas.save: the buffer {name!r} (shape {tuple(buffer.shape)}) is not persistent, so no file "
+                "would hold it. Register it with persistent=True."
+            )
     # A clone owns its memory: safetensors refuses tensors that are views of a common one.
-    return {k: v.detach().cpu().clone().contiguous() for k, v in state.items() if k not in shared}, shared
+    return {
+        stored_names.get(name, name): tensor.detach().cpu().clone().contiguous()
+        for name, tensor in state.items()
+        if name not in shared
+    }
 
 
 def _write(
@@ -260,7 +294,7 @@ def _write(
     weights: Mapping[str, Tensor],
     shared: Mapping[str, str],
     description: Mapping[str, Any],
-    source: str | None,
+    files: Mapping[str, str],
 ) -> None:
     """Each file complete before it takes its place, the description, which vouches for the rest, last."""
     created = not folder.exists()
@@ -276,14 +310,13 @@ def _write(
             "shared": shared,
         }
         text = json.dumps({**description, "weights": vouched}, indent=2) + "\n"
-        (unfinished / DESCRIPTION).write_text(text, encoding="utf-8")
-        if source:
-            (unfinished / SOURCE).write_text(source, encoding="utf-8")
-        os.replace(unfinished / WEIGHTS, folder / WEIGHTS)
-        if source:
-            os.replace(unfinished / SOURCE, folder / SOURCE)
-        else:
-            (folder / SOURCE).unlink(missing_ok=True)
+        for name, content in {**files, DESCRIPTION: text}.items():
+            (unfinished / name).write_text(content, encoding="utf-8")
+        earlier = _earlier_description(folder) or {}
+        for name in (WEIGHTS, *files):
+            os.replace(unfinished / name, folder / name)
+        for name in {Path(name).name for name in earlier.get("files", ["network.py"])} - {WEIGHTS, *files}:
+            (folder / name).unlink(missing_ok=True)
         os.replace(unfinished / DESCRIPTION, folder / DESCRIPTION)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -294,7 +327,7 @@ def _write(
 def _check_target(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise SavedFolderError(f"nas.save: {folder} is a file; a folder is needed. Choose another name.")
-    if not folder.exists() or _is_ours(folder):
+    if not folder.exists() or _earlier_description(folder) is not None:
         return
     strangers = sorted(p.name for p in folder.iterdir() if not p.name.startswith(_BEING_WRITTEN))
     if strangers:
@@ -304,12 +337,13 @@ def _check_target(folder: Path) -> None:
         )
 
 
-def _is_ours(folder: Path) -> bool:
+def _earlier_description(folder: Path) -> dict[str, Any] | None:
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(description, dict) and description.get("format") == FORMAT
+        return None
+    is_ours = isinstance(description, dict) and description.get("format") == FORMAT
+    return description if is_ours else None
 
 
 def _plain(argument: str, values: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -32,9 +32,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from lightning_nas.errors import UnsupportedError
-from lightning_nas.saving import SavedFamily, saved_families
+from lightning_nas.saving import Description, SavedFamily, saved_families
 from lightning_nas.supernet.families._timm_vit_source import CLASS_ARGUMENTS, CLASSES, source, tuples
 
+_WITH_TIMM = (
+    "model = timm.create_model(timm['name'], **timm['kwargs']); "
+    "model.load_state_dict(safetensors.torch.load_file('model.safetensors')); model.eval()"
+)
+_WITH_SOURCE = "from network import load; model = load()  # needs timm, torch and safetensors"
 _PRESETS = {  # the classes that an argument of create_model cannot say, and names of timm that use them
     "visiontransformer": "vit_tiny_patch16_224",
     "visiontransformerdistilled": "deit_tiny_distilled_patch16_224",
@@ -69,7 +74,7 @@ def supports(model: nn.Module) -> bool:
     return type(model) in (VisionTransformer, VisionTransformerDistilled)
 
 
-def describe(model: Any) -> dict[str, Any]:
+def describe(model: Any, shared: Mapping[str, str]) -> Description:
     """The constructor call, the parts to replace after it, and attributes to set; see :func:`build`.
 
     Raises:
@@ -113,8 +118,13 @@ def describe(model: Any) -> dict[str, Any]:
             f"({type(error).__name__}: {error}); its parts may not fit together."
         ) from error
     network["attributes"] = _differences(model, built)
-    network["timm"] = _create_model_call(model, network)
-    return network
+    # timm's constructor makes separate parameters.
+    call = None if shared else _create_model_call(model, network)
+    if call:
+        return Description(network, _WITH_TIMM, entries={"timm": call})
+    return Description(
+        network, _WITH_SOURCE, files={"network.py": source(network, shared)}, entries={"timm": None}
+    )
 
 
 def build(network: Mapping[str, Any]) -> nn.Module:
@@ -581,5 +591,5 @@ def _plain_defaults() -> dict[str, Any]:
 
 
 saved_families.register("timm_vit")(
-    SavedFamily("timm's VisionTransformer and VisionTransformerDistilled", supports, describe, build, source)
+    SavedFamily("timm's VisionTransformer and VisionTransformerDistilled", "timm", supports, describe, build)
 )
