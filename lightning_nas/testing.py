@@ -182,7 +182,10 @@ def _equal(one: Any, other: Any) -> None:
 
 
 def _double(model: nn.Module, inputs: Any) -> tuple[nn.Module, Any]:
-    return model.double(), tree_map(lambda x: x.double() if x.is_floating_point() else x, inputs)
+    floating = tree_map(
+        lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, inputs
+    )
+    return model.double(), floating
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:

@@ -31,8 +31,8 @@ class MACs:
     The usual figure is that of a batch of one. It equals, as an integer, half of what
     ``torch.utils.flop_counter`` counts on the extracted network with unfused attention (fused attention on a
     CPU counts as nothing there). What depends on the architecture is counted by closed form; how often each
-    layer works, and what it costs that never changes, is measured once, on the meta device where the network
-    can run there.
+    layer works, and what it costs that never changes, is measured once, on the meta device, or, where a
+    network looks at the values of its inputs (a mask that decides what is a token), by running a copy.
 
     Example:
         >>> import timm, torch
@@ -80,16 +80,13 @@ def _measured(
 ) -> tuple[int, dict[tuple[str, str], int]]:
     """Multiply-accumulates of one network, and at how many positions or pairs each operation works."""
     try:
-        inputs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, example)
-        return _counted(supernet, architecture, supernet.skeleton(architecture), inputs)
-    except (RuntimeError, NotImplementedError):  # a network that looks at values, as at those of a mask
-        device = next(supernet.model.parameters()).device
-        inputs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, example)
-        return _counted(supernet, architecture, supernet.extract(architecture), inputs)
+        return _counted(supernet, architecture, supernet.skeleton(architecture), example)
+    except RuntimeError:  # tensors on the meta device have no values; what else is wrong is wrong again
+        return _counted(supernet, architecture, supernet.extract(architecture), example)
 
 
 def _counted(
-    supernet: Supernet, architecture: Mapping[str, Value], network: nn.Module, inputs: Any
+    supernet: Supernet, architecture: Mapping[str, Value], network: nn.Module, example: Any
 ) -> tuple[int, dict[tuple[str, str], int]]:
     network.eval().requires_grad_(False)
     supernet.family.unfuse(network)
@@ -98,8 +95,10 @@ def _counted(
     for name, per in {(operation.module, operation.per) for operation in supernet.anatomy.operations}:
         if (there := names(name)) is not None:
             network.get_submodule(there).register_forward_hook(_count(works, (name, per)), with_kwargs=True)
+    device = next(network.parameters()).device
+    inputs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, example)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), torch.random.fork_rng([]), counter:
         _call(network, inputs)
     return counter.get_total_flops() // 2, dict(works)
 

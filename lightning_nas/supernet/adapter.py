@@ -118,12 +118,18 @@ class Reader:
         """What was collected."""
         return Anatomy(tuple(self.stages), self.groups, tuple(self.parts.values()), tuple(self.operations))
 
-    def stage(self, container: str, choice: str = "depth", fixed: tuple[int, ...] = ()) -> tuple[str, ...]:
+    def stage(
+        self,
+        container: str,
+        choice: str = "depth",
+        fixed: tuple[int, ...] = (),
+        hides_dropped: bool = False,
+    ) -> tuple[str, ...]:
         """All children of a container are blocks of one stage; returns their names."""
         names = tuple(
             f"{container}.{name}" for name, _ in self.model.get_submodule(container).named_children()
         )
-        self.stages.append(Stage(choice, names, fixed))
+        self.stages.append(Stage(choice, names, fixed, hides_dropped))
         return names
 
     def group(

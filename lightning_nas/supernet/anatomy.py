@@ -122,11 +122,14 @@ class Stage:
         choice: its name: ``"depth"`` where the network is one stage, ``"stages.2.depth"`` of several.
         blocks: names of the modules in the order they run: the children of one container, all of them.
         fixed: indices of blocks that must always run (one that changes the resolution).
+        hides_dropped: whether the loop over the container must not meet the blocks that do not run: it takes
+            a tuple from each, or records something of each by itself. Elsewhere they give back their input.
     """
 
     choice: str
     blocks: tuple[str, ...]
     fixed: tuple[int, ...] = ()
+    hides_dropped: bool = False
 
 
 @dataclass(frozen=True)

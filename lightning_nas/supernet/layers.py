@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -16,6 +16,7 @@ __all__ = [
     "Elastic",
     "State",
     "cut_of",
+    "make_hiding",
     "make_masked",
     "make_plain",
     "make_sliced",
@@ -123,6 +124,12 @@ def make_masked(module: nn.Module, is_block: bool) -> None:
     _become(module, _masked(original, is_block), State(original, {}))
 
 
+def make_hiding(container: nn.Module) -> None:
+    """Swap a container's class for one whose loop over its blocks does not meet the dropped ones."""
+    original: Any = type(container)
+    _become(container, _hiding(original), State(original, {}))
+
+
 def make_plain(module: nn.Module) -> None:
     """Give an elastic module its own class and attributes back."""
     if isinstance(module, Elastic):
@@ -194,6 +201,16 @@ def _reader(name: str) -> Callable[[Any], Tensor | None]:
         return tensor if cut is None else take(tensor, cut)
 
     return read
+
+
+@cache
+def _hiding(original: Any) -> type[nn.Module]:
+    def blocks(self: Any) -> Iterator[nn.Module]:
+        for block in original.__iter__(self):
+            if not (isinstance(block, Elastic) and state_of(block).is_dropped):
+                yield block
+
+    return _subclass(original, {"__iter__": blocks})
 
 
 @cache

@@ -22,6 +22,7 @@ from lightning_nas.supernet.fitting import Fit, fit_space
 from lightning_nas.supernet.layers import (
     Elastic,
     cut_of,
+    make_hiding,
     make_masked,
     make_plain,
     make_sliced,
@@ -453,6 +454,12 @@ class Supernet:
             else:
                 continue
             self._modules.append((module, part, blocks.get(name)))
+        for stage in self.anatomy.stages:
+            if stage.hides_dropped and self.execution == "slice" and blocks.keys() & set(stage.blocks):
+                container = stage.blocks[0].rpartition(".")[0]
+                module = self.model.get_submodule(container)
+                make_hiding(module)
+                self._modules.append((module, Part(container), None))
 
     def _apply(self, architecture: Architecture) -> None:
         sizes, kept = self.fit.sizes(architecture), set(self.fit.kept(architecture))

@@ -36,6 +36,22 @@ def test_vit_base_costs_what_the_papers_say():
     assert Parameters(supernet)(supernet.space.largest) == 86_567_656  # timm's results table: 86.57 M
 
 
+def test_a_network_that_looks_at_the_values_of_its_inputs_is_counted_on_them():
+    class SkipsEmptyImages(VisionTransformer):
+        def forward(self, x):
+            return super().forward(x[x.flatten(1).any(1)])
+
+    model = SkipsEmptyImages(img_size=16, patch_size=4, num_classes=5, embed_dim=36, depth=3, num_heads=4)
+    supernet = Supernet(model)
+    images = torch.ones(3, 3, 16, 16)
+    ends = [supernet.space.largest, supernet.space.smallest]
+    whole = MACs(supernet, images).many(ends)
+    images[1] = 0
+    assert list(3 * MACs(supernet, images).many(ends)) == list(2 * whole)
+    with pytest.raises(RuntimeError, match="channels"):
+        MACs(supernet, torch.ones(1, 4, 16, 16))
+
+
 def test_a_batch_costs_as_often_as_it_has_images():
     supernet = Supernet(on_meta("vit_tiny_patch16_224"))
     one = MACs(supernet, torch.zeros(1, 3, 224, 224))
