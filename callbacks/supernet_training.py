@@ -29,12 +29,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_nas.distillation import (
-    OutputReader,
-    StudentLoss,
-    read_output,
-    student_loss_named,
-)
+from lightning_nas.distillation import OutputReader, StudentLoss, read_output, student_loss_named
 from lightning_nas.errors import NASError, UnsupportedError
 from lightning_nas.sampling import Largest, Sampler, sampler_named
 from lightning_nas.space import Architecture, SearchSpace

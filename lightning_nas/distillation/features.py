@@ -215,7 +215,7 @@ def block_loss(
 
 def _scores(x: Tensor, heads: int) -> Tensor:
     size = x.shape[-1] // heads
-    cut = _full(x)[..., : size * heads].unflatten(-1, (heads, size)).transpose(1, 2)
+    cut: Tensor = _full(x)[..., : size * heads].unflatten(-1, (heads, size)).transpose(1, 2)
     with torch.autocast(x.device.type, enabled=False):  # it would multiply in half precision
         return cut @ cut.transpose(-1, -2) / math.sqrt(size)
 
