@@ -6,6 +6,7 @@ import copy
 import math
 from typing import Any
 
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_nas.callbacks._capture import Call, entry_of
 from lightning_nas.callbacks._lightning import callbacks_of, uncompiled
 from lightning_nas.callbacks._teaching import (
@@ -18,7 +19,6 @@ from lightning_nas.callbacks._teaching import (
 from lightning_nas.callbacks.supernet_training import SupernetTraining
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning_nas.callbacks._capture import Call, Capture, entry_of
+from lightning_nas.callbacks._capture import Call, Capture, entry_of, tapped
 from lightning_nas.callbacks._isolation import (
     RandomState,
     muted,
@@ -200,7 +200,8 @@ class SupernetTraining(Callback):
         if isinstance(self.sampler, MultiArchitectural):
             supernet.refuse_mixture()
         entry, read = entry_of(supernet.model, pl_module), self.output or read_output
-        self._capture = Capture(entry, read, must_read=self.student_loss.needs_teacher)
+        taps = tapped(supernet.model, getattr(self.student_loss, "taps", ()), type(self).__name__)
+        self._capture = Capture(entry, read, must_read=self.student_loss.needs_teacher, taps=taps)
         self._undo.callback(self._capture.remove)
         self._calls, self._is_checked, self._validation_is_due = [], False, False
         self._moving, self._frozen = None, []
@@ -350,7 +351,13 @@ class SupernetTraining(Callback):
             if weight != 1.0:
                 loss.register_hook(lambda gradient: gradient * weight)
             self._ask_strong_teacher(trainer, pl_module)
-        self._calls = [Call(call.args, call.kwargs, call.output.detach().clone()) for call in self._calls]
+        self._calls = [call.cut() for call in self._calls]
+        if bool(getattr(self.student_loss, "taps", ())) and self._calls and not self._calls[0].taps:
+            raise UnsupportedError(
+                f"{type(self).__name__}: students_learn_from compares what modules inside the network give, "
+                "but none of those named ran in training_step (or torch.compile hides that they did). Name "
+                "modules that run, or compare outputs alone, such as students_learn_from='both'."
+            )
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -444,22 +451,21 @@ class SupernetTraining(Callback):
                 task, calls = self._run_task(pl_module)
                 if task is None:
                     return None
-                outputs = [call.output for call in calls]
             else:
-                outputs = [self._run_network(call) for call in self._calls]
+                calls = [self._run_again(call) for call in self._calls]
             if not rule.needs_teacher:
                 return task
-            if len(outputs) != len(self._calls):
+            if len(calls) != len(self._calls):
                 raise NASError(
                     f"{type(self).__name__}: training_step called the network {len(self._calls)} times for "
-                    f"the largest network but {len(outputs)} times for a student on the same batch; "
+                    f"the largest network but {len(calls)} times for a student on the same batch; "
                     "students_learn_from='teacher' does not call training_step again."
                 )
             features = returns_features(self._require().model)
-            losses = [
-                rule(output, call.output, task=task, strong=strong, features=features)
-                for output, call, strong in zip(outputs, self._calls, self._strong, strict=True)
-            ]
+            losses = []
+            for own, call, strong in zip(calls, self._calls, self._strong, strict=True):
+                given = {"task": task, "strong": strong, "features": features, **self._inside(own, call)}
+                losses.append(rule(own.output, call.output, **given))
             return torch.stack(losses).mean()
 
     def _run_task(self, pl_module: LightningModule) -> tuple[Tensor | None, list[Call]]:
@@ -472,6 +478,22 @@ class SupernetTraining(Callback):
             output = pl_module.training_step(_copied(batch), *batch_idx)
         loss = output["loss"] if isinstance(output, Mapping) else output
         return (loss if isinstance(loss, Tensor) else None), calls
+
+    def _inside(self, student: Call, teacher: Call) -> dict[str, Any]:
+        """What a rule with taps is given besides; a block that the student drops has no part in it."""
+        if not getattr(self.student_loss, "taps", ()):
+            return {}
+        supernet = self._require()
+        kept, block_of = supernet.fit.kept(supernet.active), supernet.anatomy.block_of
+        taps = {name: tap for name, tap in student.taps.items() if (b := block_of(name)) is None or b in kept}
+        mask = teacher.mask(supernet.model)
+        return {"student_taps": taps, "teacher_taps": teacher.taps, "mask": mask}
+
+    def _run_again(self, call: Call) -> Call:
+        """The active network on the inputs of a call."""
+        assert self._capture is not None  # made in on_fit_start
+        with self._capture.tapping() as taps:
+            return Call(call.args, call.kwargs, self._run_network(call), taps)
 
     def _run_network(self, call: Call) -> Tensor:
         return (self.output or read_output)(self._require().model(*call.args, **call.kwargs))

@@ -1,7 +1,7 @@
 """Families of smaller networks out of one fine-tuning run."""
 
 from lightning_nas import costs, strategies, supernet
-from lightning_nas.distillation import InstaTuneLoss
+from lightning_nas.distillation import Both, HiddenStates, InstaTuneLoss, Relations, Task, Teacher
 from lightning_nas.errors import (
     NASError,
     NoMatchError,
@@ -19,9 +19,11 @@ from lightning_nas.supernet import Supernet
 
 __all__ = [
     "Architecture",
+    "Both",
     "Candidate",
     "Choice",
     "Depth",
+    "HiddenStates",
     "InstaTuneLoss",
     "Largest",
     "Maximize",
@@ -31,12 +33,15 @@ __all__ = [
     "NoMatchError",
     "Progressive",
     "Random",
+    "Relations",
     "Sandwich",
     "SavedFolderError",
     "SearchResult",
     "SearchSpace",
     "StudyMismatchError",
     "Supernet",
+    "Task",
+    "Teacher",
     "UnsupportedError",
     "costs",
     "load",

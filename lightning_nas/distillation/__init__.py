@@ -10,6 +10,7 @@ from lightning_nas.distillation.features import (
     qkv_relation_loss,
     relation_loss,
 )
+from lightning_nas.distillation.inside import HiddenStates, Relations, tap_names
 from lightning_nas.distillation.logits import (
     OutputReader,
     normalized_mse,
@@ -30,8 +31,10 @@ from lightning_nas.distillation.rules import (
 
 __all__ = [
     "Both",
+    "HiddenStates",
     "InstaTuneLoss",
     "OutputReader",
+    "Relations",
     "StudentLoss",
     "Task",
     "Teacher",
@@ -46,5 +49,6 @@ __all__ = [
     "soft_kl",
     "student_loss_named",
     "student_losses",
+    "tap_names",
     "vote",
 ]

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, TypeAlias
 
@@ -214,8 +215,9 @@ def block_loss(
 
 def _scores(x: Tensor, heads: int) -> Tensor:
     size = x.shape[-1] // heads
-    cut = _full(x)[..., : size * heads].unflatten(-1, (heads, size)).transpose(1, 2)
-    return cut @ cut.transpose(-1, -2) / size**0.5
+    cut: Tensor = _full(x)[..., : size * heads].unflatten(-1, (heads, size)).transpose(1, 2)
+    with torch.autocast(x.device.type, enabled=False):  # it would multiply in half precision
+        return cut @ cut.transpose(-1, -2) / math.sqrt(size)
 
 
 def _mean(values: Tensor, valid: Tensor) -> Tensor:

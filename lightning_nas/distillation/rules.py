@@ -28,6 +28,8 @@ class StudentLoss(Protocol):
     ``needs_task``: whether the user's ``training_step`` runs once more for each student, to give ``task``.
     ``needs_teacher``: whether outputs are compared; if not, ``student`` and ``teacher`` are not read.
     ``strong_teacher``: a frozen network, or ``None``.
+    ``taps``, where a rule has it: shell patterns over the names of the network's modules, as in
+    :class:`HiddenStates`; the rule is then also given ``student_taps``, ``teacher_taps`` and ``mask``.
     """
 
     needs_task: bool

@@ -247,6 +247,7 @@ def test_what_the_module_holds_of_the_network_by_itself_becomes_that_of_the_smal
     assert seen == [True]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", ["network", "module"])
 def test_a_compiled_network_or_module_is_specialised_too(compiled):
     if compiled == "network":
