@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
@@ -85,9 +86,10 @@ def _measured(
     for name, per in {(operation.module, operation.per) for operation in supernet.anatomy.operations}:
         if (there := names(name)) is not None:
             network.get_submodule(there).register_forward_hook(_count(works, (name, per)), with_kwargs=True)
-    inputs = tree_map(lambda x: x.to("meta") if isinstance(x, Tensor) else x, example)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
+    # Networks that look at values (for padding, say) know that tensors which say they are fake have none.
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) as fake, counter:
+        inputs = tree_map(lambda x: fake.from_tensor(x.to("meta")) if isinstance(x, Tensor) else x, example)
         _call(network, inputs)
     return counter.get_total_flops() // 2, dict(works)
 
