@@ -140,7 +140,11 @@ class Reader:
         return name
 
     def part(
-        self, module: str, axes: Mapping[str, tuple[Axis, ...]], attributes: Mapping[str, Any] | None = None
+        self,
+        module: str,
+        axes: Mapping[str, tuple[Axis, ...]],
+        attributes: Mapping[str, Any] | None = None,
+        inputs: Axis | None = None,
     ) -> None:
         """A module that follows the architecture; axes of a tensor that it does not have are left out."""
         owner = self.model.get_submodule(module) if module else self.model
@@ -151,7 +155,10 @@ class Reader:
         }
         before = self.parts.get(module, Part(module))
         self.parts[module] = Part(
-            module, {**before.axes, **present}, {**before.attributes, **(attributes or {})}
+            module,
+            {**before.axes, **present},
+            {**before.attributes, **(attributes or {})},
+            inputs or before.inputs,
         )
 
     def operation(self, module: str, per: Literal["position", "pair"], *axes: Axis) -> None:

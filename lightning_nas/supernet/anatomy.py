@@ -88,11 +88,14 @@ class Part:
         module: its name within the network; empty for the network itself.
         axes: for each of its parameters and buffers that is sliced, one axis a dimension.
         attributes: plain attributes that follow (``num_heads``), each a function of the sizes.
+        inputs: the last dimension of what flows in, for masking; None: of a linear layer or norm the last
+            axis of its weight, of other modules not elastic.
     """
 
     module: str
     axes: Mapping[str, tuple[Axis, ...]] = field(default_factory=dict)
     attributes: Mapping[str, Callable[[Sizes], Any]] = field(default_factory=dict)
+    inputs: Axis | None = None
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,7 @@ def _masked(original: Any, is_block: bool) -> type[nn.Module]:
             return (torch.where(_mask(self, x), changed[0], x), *changed[1:])
         return torch.where(_mask(self, x), changed, x)
 
-    def linear(self: Any, x: Tensor) -> Any:
+    def layer(self: Any, x: Tensor) -> Any:
         return original.forward(self, torch.where(_mask(self, x), x, 0.0))
 
     def norm(self: Any, x: Tensor) -> Any:
@@ -215,7 +215,7 @@ def _masked(original: Any, is_block: bool) -> type[nn.Module]:
         return torch.where(mask.all(), original.forward(self, x), _masked_norm(self, x, mask, is_centred))
 
     return _subclass(
-        original, {"forward": block if is_block else linear if issubclass(original, nn.Linear) else norm}
+        original, {"forward": block if is_block else norm if "Norm" in original.__name__ else layer}
     )
 
 

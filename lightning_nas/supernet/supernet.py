@@ -428,10 +428,10 @@ class Supernet:
 
     def _input_axis(self, module: nn.Module, part: Part) -> Axis | None:
         """The axis of what flows into a layer, where it is elastic: what mask execution masks."""
-        axes = part.axes.get("weight")
-        if axes is None or not (isinstance(module, nn.Linear) or "Norm" in type(module).__name__):
-            return None
-        return axes[-1] if cut_of(axes[-1:], self.fit.smallest) is not None else None
+        axis, is_known = part.inputs, isinstance(module, nn.Linear) or "Norm" in type(module).__name__
+        if axis is None and is_known and "weight" in part.axes:
+            axis = part.axes["weight"][-1]
+        return axis if axis is not None and cut_of((axis,), self.fit.smallest) is not None else None
 
     def _calibrated(
         self, batches: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None
