@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
@@ -95,12 +98,25 @@ def _counted(
     for name, per in {(operation.module, operation.per) for operation in supernet.anatomy.operations}:
         if (there := names(name)) is not None:
             network.get_submodule(there).register_forward_hook(_count(works, (name, per)), with_kwargs=True)
-    device = next(network.parameters()).device
-    inputs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, example)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), torch.random.fork_rng([]), counter:
+    with torch.no_grad(), torch.random.fork_rng([]), ExitStack() as stack:
+        device = next(network.parameters()).device
+        fake = None
+        if device.type == "meta":
+            # Networks that look at values (for padding, say) know that tensors which say they are fake have
+            # none.
+            fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(counter)
+        inputs = tree_map(partial(_placed, device, fake), example)
         _call(network, inputs)
     return counter.get_total_flops() // 2, dict(works)
+
+
+def _placed(device: torch.device, fake: FakeTensorMode | None, value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    moved = value.to(device)
+    return moved if fake is None else fake.from_tensor(moved)
 
 
 def _count(works: Counter[tuple[str, str]], key: tuple[str, str]) -> Any:

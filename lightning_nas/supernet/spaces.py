@@ -33,8 +33,9 @@ def relative_space(
         anatomy: of the network.
         depth: options for the number of blocks that run in each stage; None: all from two thirds up; ``()``:
             whole.
-        keep: which blocks of a stage run: ``"spread"`` drops blocks evenly spaced behind the first one,
-            ``"first"`` keeps the first ones, a mapping gives for each depth the indices kept.
+        keep: which blocks of a stage run: ``"spread"`` drops blocks evenly spaced behind the first one, of
+            those that need not always run, ``"first"`` keeps the first ones, a mapping gives for each depth
+            the indices kept.
         shared: one choice for all blocks (``"heads"``) in place of one each (``"layers.3.heads"``).
         **options: for each kind of choice, its last name (``heads=(0.5, 1.0), mlp=(256, 512)``), what every
             choice of that kind offers. Kinds that are not named stay whole.
@@ -58,9 +59,10 @@ def relative_space(
     runs: set[str] = set()
     for stage in anatomy.stages:
         total = len(stage.blocks)
-        wanted = tuple(range(math.ceil(total * 2 / 3), total + 1)) if depth is None else depth
+        fewest = max(math.ceil(total * 2 / 3), len({0, *stage.fixed}))
+        wanted = tuple(range(fewest, total + 1)) if depth is None else depth
         offered = _offered("depth", wanted, total)
-        kept = {d: _kept(keep, d, total) for d in offered or (total,)}
+        kept = {d: _kept(keep, d, total, stage.fixed) for d in offered or (total,)}
         runs.update(stage.blocks[i] for indices in kept.values() for i in indices)
         if offered not in ((), (total,)):
             choices.append(Depth(stage.choice, offered, keeps=tuple(kept.values())))
@@ -93,7 +95,9 @@ def _offered(kind: str, options: Sequence[float | int], limit: int) -> tuple[int
     return tuple(sorted({max(1, round(o * limit)) if isinstance(o, float) else int(o) for o in options}))
 
 
-def _kept(keep: str | Mapping[int, Sequence[int]], depth: int, total: int) -> tuple[int, ...]:
+def _kept(
+    keep: str | Mapping[int, Sequence[int]], depth: int, total: int, fixed: Sequence[int]
+) -> tuple[int, ...]:
     if isinstance(keep, Mapping):
         if depth not in keep:
             raise ValueError(
@@ -104,6 +108,11 @@ def _kept(keep: str | Mapping[int, Sequence[int]], depth: int, total: int) -> tu
         return tuple(range(depth))
     if keep != "spread":
         raise ValueError(f"relative_space: keep must be 'spread', 'first' or a mapping, got {keep!r}.")
+    free = [i for i in range(1, total) if i not in fixed]
     out = total - depth
-    dropped = {1 + int((j + 0.5) * (total - 1) / out) for j in range(out)}
+    if out > len(free):
+        raise ValueError(
+            f"relative_space: depth cannot be {depth!r}: {total - len(free)} blocks must always run."
+        )
+    dropped = {free[int((j + 0.5) * len(free) / out)] for j in range(out)}
     return tuple(i for i in range(total) if i not in dropped)

@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_nas.costs import MACs, Parameters, costs, resolve
@@ -120,6 +121,19 @@ def test_counting_leaves_the_supernet_alone():
     assert model.training
     assert all(block.attn.fused_attn for block in model.blocks)
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+def test_a_network_that_looks_at_values_can_tell_that_it_is_only_counted():
+    class Careful(VisionTransformer):
+        def forward(self, x):
+            if not isinstance(x, FakeTensor) and x.isnan().any():
+                raise ValueError("not a number")
+            return super().forward(x)
+
+    sizes = {"img_size": 8, "patch_size": 4, "num_classes": 3, "embed_dim": 12, "depth": 3, "num_heads": 2}
+    images = torch.zeros(1, 3, 8, 8)
+    careful, plain = (MACs(Supernet(make(**sizes)), images) for make in (Careful, VisionTransformer))
+    assert careful(careful.supernet.space.smallest) == plain(plain.supernet.space.smallest)
 
 
 def test_an_empty_list_costs_an_empty_array_of_integers():

@@ -12,7 +12,8 @@ from torch import nn
 
 from lightning_nas.errors import NASError, NoMatchError, UnsupportedError
 from lightning_nas.space import Choice, Depth, SearchSpace
-from lightning_nas.supernet import Supernet, default_space, supports
+from lightning_nas.supernet import Anatomy, Stage, Supernet, default_space, supports
+from lightning_nas.supernet.spaces import relative_space
 from lightning_nas.testing import randomise
 
 IMAGES = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -362,6 +363,21 @@ def test_options_are_shares_or_whole_numbers():
         default_space(tiny(), mlp=(0.5, 1.5))
     with pytest.raises(ValueError, match=r"depth cannot be 5; .* an int from 1 to 4"):
         default_space(tiny(), depth=(2, 5))
+
+
+@pytest.mark.parametrize("fixed", [(), (0,), (0, 3), (1, 2, 3, 5)])
+def test_blocks_that_must_always_run_are_in_every_depth_that_is_spread(fixed):
+    stage = Stage("depth", tuple(f"blocks.{i}" for i in range(6)), fixed)
+    anatomy = Anatomy((stage,), {}, (), ())
+    fewest = len({0, *fixed})
+    depth = relative_space(anatomy, depth=range(fewest, 7))["depth"]
+    for value in depth.values:
+        assert len(depth.kept(value)) == value
+        assert {0, *fixed} <= set(depth.kept(value))
+    assert relative_space(anatomy)["depth"].values[0] == max(4, fewest)
+    if fewest > 1:
+        with pytest.raises(ValueError, match=rf"depth cannot be 1: {fewest} blocks must always run"):
+            relative_space(anatomy, depth=(1, 6))
 
 
 def test_a_block_that_no_depth_keeps_has_no_choices():
