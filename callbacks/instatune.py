@@ -272,7 +272,12 @@ class InstaTune(SupernetTraining):
         args, kwargs = found[0]
         if not kwargs:
             return args
-        return dict(inspect.signature(supernet.model.forward).bind(*args, **kwargs).arguments)
+        signature = inspect.signature(supernet.model.forward)
+        example = dict(signature.bind(*args, **kwargs).arguments)
+        for name, parameter in signature.parameters.items():
+            if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                example.update(example.pop(name, {}))
+        return example
 
     def _constraints(self, objectives: Sequence[Objective], example: Any) -> dict[Any, tuple[str, float]]:
         """The bounds, with each named cost as the object that counts it."""
