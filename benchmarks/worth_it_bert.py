@@ -114,7 +114,12 @@ class Study:
         """One run with the callback, and its subnetworks specialized."""
         module = copy.deepcopy(self.start)
         callback = SupernetTraining(
-            warmup=0.5, lr_factor=2 * SANDWICH_RATE / PLAIN_RATE, validate=(), seed=self.seed, **settings
+            warmup=0.5,
+            lr_factor=2 * SANDWICH_RATE / PLAIN_RATE,
+            head="head",
+            validate=(),
+            seed=self.seed,
+            **settings,
         )
         self.fit(FAMILY, module, callback, epochs=2)
         assert callback.supernet is not None

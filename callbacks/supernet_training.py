@@ -77,6 +77,9 @@ class SupernetTraining(Callback):
         students_learn_from: ``"teacher"`` (the largest network), ``"task"`` (the user's loss), ``"both"``
             (half each), or a loss object such as ``nas.InstaTuneLoss(alpha=0.3)``.
         output: reads the logits from what the network returns, where that is not plain.
+        head: dotted name of a module of yours that turns what the network returns into logits, so that
+            students are compared by these, and not by the network's features. It needs a rule by which
+            ``training_step`` runs for students, such as ``"both"``.
         temperature: of distillation by name, above 0.
         regularize: ``"largest"``: dropout and drop-path act on the largest network only; ``"all"``.
         seed: of the plan of students; the random state of the run is never used.
@@ -110,6 +113,7 @@ class SupernetTraining(Callback):
         lr_factor: float = 1.0,
         students_learn_from: str | StudentLoss = "both",
         output: OutputReader | None = None,
+        head: str | None = None,
         temperature: float = 1.0,
         regularize: Literal["largest", "all"] = "largest",
         seed: int = 0,
@@ -133,6 +137,17 @@ class SupernetTraining(Callback):
         self.student_loss = student_loss_named(students_learn_from, temperature)
         self.phases = Phases(warmup)
         self.lr_factor, self.output, self.regularize = lr_factor, output, regularize
+        self.head = head
+        rule = self.student_loss
+        if head is not None and (
+            not rule.needs_task
+            or getattr(rule, "taps", ())
+            or getattr(rule, "strong_teacher", None) is not None
+        ):
+            raise ValueError(
+                f"{where}: head={head!r} needs students that run training_step, without a frozen teacher and "
+                f"without taps; students_learn_from={students_learn_from!r} is another rule. Use 'both'."
+            )
         self.exclude, self.validate = tuple(exclude), tuple(validate)
         self.calibration_samples = calibration_samples
         self.supernet: Supernet | None = None
@@ -143,7 +158,8 @@ class SupernetTraining(Callback):
         self._undo = ExitStack()
         self._mixing = ExitStack()  # while several members share the user's pass
         self._members: tuple[Architecture, ...] = ()
-        self._capture: Capture | None = None
+        self._capture: Capture | None = None  # of what students are compared by
+        self._inputs: Capture | None = None  # of the network itself, for the first batch; often the same
         self._calls: list[Call] = []
         self._strong: list[Tensor | None] = []  # what the frozen teacher says to each of them
         self._step_arguments: tuple[Any, ...] = ()
@@ -201,8 +217,14 @@ class SupernetTraining(Callback):
             supernet.refuse_mixture()
         entry, read = entry_of(supernet.model, pl_module), self.output or read_output
         taps = tapped(supernet.model, getattr(self.student_loss, "taps", ()), type(self).__name__)
-        self._capture = Capture(entry, read, must_read=self.student_loss.needs_teacher, taps=taps)
+        compared = entry if self.head is None else find_network(pl_module, self.head, type(self).__name__)
+        assert compared is not None  # may_be_missing is False
+        self._capture = Capture(compared, read, must_read=self.student_loss.needs_teacher, taps=taps)
         self._undo.callback(self._capture.remove)
+        self._inputs = self._capture
+        if compared is not entry:
+            self._inputs = Capture(entry, read, must_read=False)
+            self._undo.callback(self._inputs.remove)
         self._calls, self._is_checked, self._validation_is_due = [], False, False
         self._moving, self._frozen = None, []
         if (teacher := getattr(self.student_loss, "strong_teacher", None)) is not None:
@@ -227,8 +249,10 @@ class SupernetTraining(Callback):
         if not self.trains_students:
             return f"{name}: trains the largest network only, of {supernet.space.size:,} architectures."
         learns = type(self.student_loss).__name__.lower()
-        is_features = returns_features(supernet.model)
-        kind = "features (normalised squared distance)" if is_features else "logits"
+        is_features = self._compares_features()
+        kind = "logits"
+        if is_features:
+            kind = "features (normalised squared distance; head='...' names a head of yours)"
         rate = f" at {self.lr_factor:g} times the scheduled learning rate" if self.lr_factor != 1 else ""
         return (
             f"{name}: {supernet.space.size:,} architectures. {self.phases}{rate}; "
@@ -336,6 +360,8 @@ class SupernetTraining(Callback):
         if self._is_sandwich(trainer) or not self._is_checked:
             self._random_state = RandomState.now(pl_module.device)
             self._capture.calls = self._calls
+        if not self._is_checked and self._inputs is not None and self._inputs is not self._capture:
+            self._inputs.calls = []
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -461,7 +487,7 @@ class SupernetTraining(Callback):
                     f"the largest network but {len(calls)} times for a student on the same batch; "
                     "students_learn_from='teacher' does not call training_step again."
                 )
-            features = returns_features(self._require().model)
+            features = self._compares_features()
             losses = []
             for own, call, strong in zip(calls, self._calls, self._strong, strict=True):
                 given = {"task": task, "strong": strong, "features": features, **self._inside(own, call)}
@@ -522,7 +548,10 @@ class SupernetTraining(Callback):
     def _check_largest(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say whether the largest network gives the user's outputs, bit for bit, on the first batch."""
         self._is_checked = True
-        if not self._calls:
+        calls = self._calls
+        if self._inputs is not None and self._inputs is not self._capture:
+            calls, self._inputs.calls = self._inputs.calls or [], None
+        if not calls:
             if self.student_loss.needs_teacher and self.trains_students:
                 rank_zero_warn(
                     f"{type(self).__name__}: training_step did not run the network as network(...) with "
@@ -530,7 +559,7 @@ class SupernetTraining(Callback):
                     "are not trained. Call the network itself, or use students_learn_from='task'."
                 )
             return
-        supernet, call = self._require(), self._calls[0]
+        supernet, call = self._require(), calls[0]
         with ExitStack() as stack:
             state = stack.enter_context(same_random_state(pl_module.device))
             stack.enter_context(undisturbed(pl_module))
@@ -592,6 +621,9 @@ class SupernetTraining(Callback):
                 parameter.grad = gradient
 
     # --- what the user sees
+
+    def _compares_features(self) -> bool:
+        return self.head is None and returns_features(self._require().model)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -419,3 +419,40 @@ def test_several_members_share_the_users_own_pass():
     assert type(callback.supernet.model.blocks[0].mlp.fc2).__name__ == "ElasticLinear"
     assert set(callback.curves) <= {"mixture"}
     assert sum(callback.trained.values()) > 0
+
+
+def test_students_are_compared_by_the_logits_of_a_head_behind_the_network():
+    """A network without a head and a head of the user's own: gradients as of a loop over the joined module."""
+
+    class OwnHead(users.PlainClassifier):
+        def __init__(self):
+            super().__init__(users.tiny_vit(num_classes=0))
+            torch.manual_seed(1)
+            self.top = torch.nn.Linear(16, users.CLASSES)
+
+        def forward(self, x):
+            return self.top(self.net(x))
+
+    module, twin = OwnHead().double(), OwnHead().double()
+    callback = SupernetTraining(head="top", sampler=nas.Sandwich(random=1), **AT_ONCE)
+    fit(module, callback, max_steps=3, precision="64-true")
+
+    supernet, optimizer = nas.Supernet(twin.net), twin.configure_optimizers()
+    for step, (x, y) in enumerate(list(users.loader())[:3]):
+        optimizer.zero_grad()
+        teacher = twin(x.double())
+        F.cross_entropy(teacher, y).backward()
+        for member in callback.sampler.students(supernet.space, 0, step, 0.0):
+            with supernet.using(member):
+                student = twin(x.double())
+                soft = cross_entropy_of_soft_targets(student, teacher)
+                (0.5 * F.cross_entropy(student, y) + 0.5 * soft).backward()
+        optimizer.step()
+    assert_same(weights(module), weights(twin), rtol=1e-6, atol=1e-9)
+
+
+def test_a_head_is_refused_where_students_do_not_run_it():
+    with pytest.raises(ValueError, match=r"head='top' needs students that run training_step.*Use 'both'"):
+        SupernetTraining(head="top", students_learn_from="teacher")
+    with pytest.raises(nas.NoMatchError, match=r"no sub-module 'tip'. Nearest names: "):
+        fit(users.PlainClassifier(), SupernetTraining(head="tip", **AT_ONCE), max_steps=1)
