@@ -422,7 +422,7 @@ def test_several_members_share_the_users_own_pass():
 
 
 def test_students_are_compared_by_the_logits_of_a_head_behind_the_network():
-    """A network without a head and a head of the user's own: gradients as of a loop over the joined module."""
+    """A network without a head, and a head of the user's own: gradients as of a loop over both."""
 
     class OwnHead(users.PlainClassifier):
         def __init__(self):
