@@ -68,8 +68,8 @@ class InstaTune(SupernetTraining):
         result: the :class:`~lightning_nas.SearchResult`, after ``fit`` or :meth:`search`.
 
     Raises:
-        ValueError: for an argument out of range or an unknown name; at the first validation, if the module
-            does not log ``monitor``.
+        ValueError: for an argument out of range or an unknown name; if validation does not log ``monitor``:
+            in the Trainer's sanity check, before the first step, or without one at the first validation.
         UnsupportedError: at the start of ``fit``, for what cannot work, such as missing validation data.
 
     Reference: Sridhar et al., InstaTune, ICCV 2023 workshops.
@@ -128,17 +128,19 @@ class InstaTune(SupernetTraining):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
-        if (
-            self.sandwich_steps == 0
-            and not trainer.sanity_checking
-            and self.monitor in trainer.callback_metrics
-        ):
-            self._before_sandwich = float(trainer.callback_metrics[self.monitor])
-        if not trainer.sanity_checking and self.monitor not in trainer.callback_metrics:
+        logged = trainer.callback_metrics
+        # A module that logs nothing at all while sanity checking may be one that leaves it out there.
+        if self.monitor not in logged and (logged or not trainer.sanity_checking):
+            remedy = (
+                " If the module logs it outside Lightning's sanity check only, give "
+                "Trainer(num_sanity_val_steps=0)."
+            )
             raise ValueError(
                 f"InstaTune: monitor={self.monitor!r} was not logged in validation. "
-                f"{nearest(self.monitor, trainer.callback_metrics)}"
+                f"{nearest(self.monitor, logged)}{remedy if trainer.sanity_checking else ''}"
             )
+        if self.sandwich_steps == 0 and not trainer.sanity_checking:
+            self._before_sandwich = float(logged[self.monitor])
         if self._search_after_validation:
             self._search_after_validation = False
             self._search(trainer, pl_module)

@@ -4,25 +4,30 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from random import SystemRandom
+from typing import Any, Literal
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
 from lightning_nas._problem import Problem
-from lightning_nas.errors import StudyMismatchError
+from lightning_nas.errors import NASError, StudyMismatchError
 from lightning_nas.objectives import Limit
 from lightning_nas.registry import nearest
 from lightning_nas.results import Candidate, Failure
 from lightning_nas.space import Architecture
 
 __all__ = ["Proposal", "Record", "quiet_optuna"]
+
+_WAITS = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 1.6)  # seconds at most before each attempt to open a database
 
 
 @dataclass(frozen=True)
@@ -55,26 +60,24 @@ class Record:
 
         Raises:
             StudyMismatchError: if the stored study is another one.
+            NASError: if the database cannot be opened.
         """
         if storage == "memory":
             return cls(problem, None, "memory")
         backend, where = _storage(storage, name)
         directions = [objective.direction for objective in problem.objectives]
-        with quiet_optuna():
-            study = optuna.create_study(
-                storage=backend, study_name=name, directions=directions, load_if_exists=True
-            )
-        description, stored = problem.description(), study.user_attrs.get("lightning_nas")
-        if stored is None and (
-            study.get_trials(deepcopy=False) or [d.name.lower() for d in study.directions] != directions
-        ):
-            raise StudyMismatchError(
-                f"search: the study {name!r} in {where} was not written by a search of this package. "
-                "Give another name or storage."
-            )
-        if stored is None:
+        study = _study(backend, where, name, directions)
+        # Trials first: a process that opens the study at this moment writes its description before them.
+        is_empty = not study.get_trials(deepcopy=False)
+        description = problem.description()
+        if "lightning_nas" not in study.user_attrs:
+            if not is_empty or [d.name.lower() for d in study.directions] != directions:
+                raise StudyMismatchError(
+                    f"search: the study {name!r} in {where} was not written by a search of this package. "
+                    "Give another name or storage."
+                )
             study.set_user_attr("lightning_nas", description)
-        elif differences := _differences(stored, description):
+        if differences := _differences(study.user_attrs["lightning_nas"], description):
             raise StudyMismatchError(
                 f"search: the study {name!r} in {where} is of another search: {'; '.join(differences)}. "
                 "Give another name or storage; the stored study is as it was."
@@ -156,6 +159,32 @@ def quiet_optuna() -> Iterator[None]:
         yield
     finally:
         optuna.logging.set_verbosity(verbosity)
+
+
+def _study(
+    storage: str | BaseStorage, where: str, name: str, directions: Sequence[Literal["minimize", "maximize"]]
+) -> optuna.Study:
+    """The Optuna study of this name, made if need be.
+
+    Optuna looks for each table of a database and then makes it: of several processes that do so at the same
+    moment, some fail, so a failure is worth another try.
+    """
+    from sqlalchemy.exc import DBAPIError
+
+    for longest in _WAITS:
+        time.sleep(SystemRandom().uniform(0, longest))  # not the generator that the user may have seeded
+        try:
+            with quiet_optuna():
+                return optuna.create_study(
+                    storage=storage, study_name=name, directions=directions, load_if_exists=True
+                )
+        except (DBAPIError, StorageInternalError) as error:
+            failure = error
+    raise NASError(
+        f"search: the study {name!r} could not be opened in {where}, in {len(_WAITS)} attempts: "
+        f"{str(failure).splitlines()[0]}. Check the URL, that its folder exists and can be written to, and "
+        "that no program keeps the database locked."
+    ) from failure
 
 
 def _storage(storage: str | Path | BaseStorage | None, name: str) -> tuple[str | BaseStorage, str]:

@@ -1,4 +1,5 @@
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import numpy as np
 import optuna
 import pytest
 
-from lightning_nas.errors import StudyMismatchError
+from lightning_nas.errors import NASError, StudyMismatchError
 from lightning_nas.objectives import Maximize, Minimize
 from lightning_nas.results import hypervolume, losses
 from lightning_nas.space import Choice, SearchSpace
@@ -287,6 +288,53 @@ def test_trials_that_other_programs_left_running_do_not_disturb(tmp_path):
     run(storage=storage, name="vit", budget=10)
     optuna.load_study(study_name="vit", storage=storage).ask()
     assert history(run(storage=storage, name="vit", budget=20)) == history(run(budget=20))
+
+
+# --- several processes
+
+
+SHARED = SearchSpace([Choice("worker", tuple(range(6))), Choice("width", (1, 2, 3, 4))])
+
+
+def work(worker, storage, barrier, measured):
+    """Measure four architectures of its own; none is measured before every worker has opened the study."""
+
+    def evaluate(architecture):
+        if not seen:
+            barrier.wait(60)
+        seen.append(architecture.key)
+        return {"accuracy": float(architecture["width"])}
+
+    seen = []
+    own = [{"worker": worker, "width": width} for width in (1, 2, 3, 4)]
+    barrier.wait(60)
+    run(evaluate, SHARED, [Maximize("accuracy")], storage=storage, budget=4, initial=own)
+    measured.put(seen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["journal file", "sqlite"])
+def test_processes_that_make_one_study_at_the_same_moment_all_finish_and_lose_no_candidate(kind, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "lightning_nas.study", "sqlalchemy.orm", "alembic.command"])
+    storage, barrier, measured = persistent(kind, tmp_path), context.Barrier(6), context.SimpleQueue()
+    workers = [context.Process(target=work, args=(i, storage, barrier, measured)) for i in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 6
+    keys = [key for _ in workers for key in measured.get()]
+    assert set(keys) == {a.key for a in SHARED.enumerate()}
+    stored = run(pytest.fail, SHARED, [Maximize("accuracy")], storage=storage, budget=24)
+    assert sorted(c.architecture.key for c in stored.candidates) == sorted(keys)
+
+
+def test_a_database_that_cannot_be_opened_is_named_with_what_to_check(tmp_path):
+    with pytest.raises(
+        NASError, match=r"could not be opened in sqlite:.*unable to open.*that its folder exists"
+    ):
+        run(pytest.fail, storage=f"sqlite:///{tmp_path / 'missing' / 'search.db'}")
 
 
 # --- another study under the same name

@@ -195,6 +195,47 @@ def test_a_monitor_that_was_never_logged_lists_what_was():
         InstaTune(monitor="top1").search(pl.Trainer(**QUIET), module, dataloaders=users.loader())
 
 
+class Unlogged(users.PlainClassifier):
+    """Validates only where ``logs`` says so, and counts its steps."""
+
+    def __init__(self, logs):
+        super().__init__()
+        self.logs, self.steps = logs, 0
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.steps += 1
+
+    def validation_step(self, batch, batch_idx):
+        if self.logs(self.trainer):
+            super().validation_step(batch, batch_idx)
+
+
+def fitted(module, sanity_steps, monitor="val_acc"):
+    instatune = InstaTune(monitor, budget=2, warmup=0, validate=(), folder="found")
+    settings = {**QUIET, "num_sanity_val_steps": sanity_steps}
+    trainer = pl.Trainer(callbacks=[instatune], max_epochs=2, **settings)
+    trainer.fit(module, users.loader(users.images(24)), users.loader(users.images(48, 1), 16))
+    return instatune
+
+
+@pytest.mark.parametrize(("sanity_steps", "steps"), [(1, 0), (0, 3)])
+def test_a_monitor_that_is_not_logged_is_named_before_the_first_step_where_sanity_is_checked(
+    sanity_steps, steps
+):
+    module = Unlogged(lambda trainer: True)
+    before, kinds = weights(module), [type(child) for child in module.modules()]
+    with pytest.raises(ValueError, match=r"monitor='top1' was not logged.*Known: .*'val_acc', 'val_loss'\."):
+        fitted(module, sanity_steps, "top1")
+    assert module.steps == steps
+    assert [type(child) for child in module.modules()] == kinds
+    if sanity_steps:
+        assert_same(weights(module), before, rtol=0, atol=0)
+
+
+def test_a_module_that_logs_nothing_while_sanity_is_checked_is_searched():
+    assert len(fitted(Unlogged(lambda trainer: not trainer.sanity_checking), 1).result.candidates) == 2
+
+
 def test_without_validation_data_the_callback_refuses_before_anything_changes():
     module = users.PlainClassifier()
     kinds = [type(child) for child in module.modules()]
