@@ -246,10 +246,15 @@ class Supernet:
         return plain
 
     def _cut(self, norm: str, buffer: str, value: Tensor, sizes: Mapping[str, Any]) -> Tensor:
-        """A statistic at the width that its norm has at these sizes; masked execution keeps whole ones."""
+        """A statistic as the buffer is, but of the width that its norm has at these sizes.
+
+        Masked execution keeps whole ones.
+        """
         part = next((part for part in self.anatomy.parts if part.module == norm), Part(norm))
         whole = self._norms[norm]._buffers[buffer]
-        if buffer not in part.axes or whole is None or value.shape != whole.shape:
+        assert whole is not None  # what has a statistic has its buffer
+        value = value.to(whole)
+        if buffer not in part.axes or value.shape != whole.shape:
             return value
         return take(value, cut_of(part.axes[buffer], sizes))
 
@@ -313,7 +318,7 @@ class Supernet:
         momenta = [(norm, norm.momentum) for norm in running.values()]
         self.model.eval()
         for name, norm in running.items():
-            norm.train()
+            norm.training = True  # and not norm.train(), which is for a dropout inside too
             norm.momentum = None  # type: ignore[assignment]  # the plain average over batches
             state_of(norm).values = fresh(self._own_values(name, norm))
         self._statistics.is_recalibrating = True
