@@ -291,8 +291,8 @@ class SupernetTraining(Callback):
             and any(map(tracks_statistics, network.modules()))
         ):
             faults.append(
-                "sync_batchnorm=True replaces the batch norms of the network when the run begins; leave it out, "
-                "subnetworks get statistics of their own over all processes"
+                "sync_batchnorm=True replaces the batch norms of the network when the run begins; leave it "
+                "out: statistics of subnetworks come from all processes anyway"
             )
         if faults:
             raise UnsupportedError(f"{type(self).__name__}: {'; and '.join(faults)}.")

@@ -244,6 +244,22 @@ def test_a_recalibration_that_fails_leaves_the_statistics_that_were_known(supern
     assert [m.training for m in supernet.model.modules()] == modes
 
 
+def test_processes_agree_on_the_mean_of_what_each_has_seen(supernet):
+    elsewhere: list[torch.Tensor] = []
+    with supernet.using(supernet.space.smallest):
+        with supernet.recalibrating(lambda value: elsewhere.append(value.clone()) or value) as model:
+            model(BATCHES[0])
+        others = iter(elsewhere)
+        with supernet.recalibrating(lambda value: (value + next(others)) / 2) as model:
+            model(BATCHES[1])
+        agreed = supernet.extract(supernet.space.smallest)
+        supernet.recalibrate(BATCHES[:2])
+        both = supernet.extract(supernet.space.smallest)
+    for name, value in both.named_buffers():
+        if "running" in name:
+            torch.testing.assert_close(agreed.get_buffer(name), value)
+
+
 def test_statistics_follow_the_model_to_another_precision(supernet):
     supernet.activate(supernet.space.smallest)
     supernet.recalibrate(BATCHES)
