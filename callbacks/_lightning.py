@@ -17,7 +17,7 @@ from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.trainer.states import TrainerFn
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from pytorch_lightning.utilities.compile import to_uncompiled
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from lightning_nas.errors import NASError
@@ -28,6 +28,7 @@ __all__ = [
     "can_validate",
     "has_static_graph",
     "run_validation",
+    "syncs_batch_norm",
     "takes_batch_idx",
     "training_batches",
     "uncompiled",
@@ -66,29 +67,50 @@ def training_batches(trainer: Trainer) -> Iterator[Any]:
     """Batches of the training data on the module's device, from an iteration that no other one notices.
 
     Raises:
-        NASError: if the Trainer has no training data.
+        NASError: if there is no training data, or the user's code cannot give it outside ``fit``.
     """
-    loaders = trainer.train_dataloader
-    if loaders is None and trainer.datamodule is not None:  # type: ignore[attr-defined]
-        loaders = trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
-    if loaders is None:
-        raise NASError(
-            "Batch-norm statistics of a subnetwork come from training data, and this Trainer has none: give "
-            "it a datamodule with a train_dataloader."
-        )
+    combined = _training_loaders(trainer)
     module, generators = trainer.lightning_module, []
-    for loader in tree_leaves(loaders):
-        for owner in (loader, getattr(loader, "sampler", None)):
-            if (generator := getattr(owner, "generator", None)) is not None:
+    for loader in combined.flattened:
+        batches = getattr(loader, "batch_sampler", None)
+        for owner in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
+            if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
                 generators.append(generator)
     states = [generator.get_state() for generator in generators]
     try:
-        for batch, _, _ in iter(CombinedLoader(tree_map(_another, loaders), "max_size_cycle")):
+        for batch, _, _ in iter(CombinedLoader(tree_map(_another, combined.iterables), combined._mode)):
             batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
             yield trainer.strategy.batch_to_device(batch, dataloader_idx=0)
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
+
+
+def _training_loaders(trainer: Trainer) -> CombinedLoader:
+    """Those of ``fit``, or outside of it those of the datamodule or module."""
+    combined: CombinedLoader | None = trainer.fit_loop._combined_loader
+    if combined is not None:
+        return combined
+    source = trainer.fit_loop._data_source
+    if source.instance is None or not source.is_defined():
+        raise NASError(
+            "Batch-norm statistics of a subnetwork come from training data, and this Trainer has none: give "
+            "it a datamodule with a train_dataloader."
+        )
+    try:
+        loaders = source.dataloader()
+    except Exception as error:  # the user's code, which may rely on what setup("fit") makes
+        raise NASError(
+            "Batch-norm statistics of a subnetwork come from training data, but train_dataloader() of "
+            f"{type(source.instance).__name__} failed outside fit ({type(error).__name__}: {error}). Let its "
+            "setup prepare the training data for stage='validate' too."
+        ) from error
+    return loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "max_size_cycle")
+
+
+def syncs_batch_norm(trainer: Trainer) -> bool:
+    """Whether Lightning replaces batch norms when the run begins (``sync_batchnorm=True``)."""
+    return getattr(trainer.strategy, "_layer_sync", None) is not None
 
 
 def _another(loader: Any) -> Any:

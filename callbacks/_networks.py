@@ -77,7 +77,7 @@ def copies_of(network: nn.Module, module: LightningModule, callbacks: Iterable[C
 
 def named_tensors(
     name: str,
-    parameter: nn.Parameter,
+    parameter: Tensor,
     network: nn.Module,
     module: LightningModule,
     callbacks: Iterable[Callback],

@@ -53,35 +53,39 @@ def put_in_order(
     """Move the units with the highest scores to the front; no output changes, nor any later step.
 
     With each weight move its gradient, what the optimizers remember of it, and the same weight of every copy
-    of the network in the module and the callbacks (EMA, SWA). ``at_end``: no step follows, so what an
-    optimizer remembers in another shape may stay.
+    of the network in the module and the callbacks (EMA, SWA); with batch-norm statistics those of the copies.
+    ``at_end``: no step follows, so what an optimizer remembers in another shape may stay.
 
     Raises:
         UnsupportedError: if an optimizer remembers something of another shape; nothing has changed then.
     """
     copies = copies_of(supernet.model, pl_module, callbacks_of(trainer))
-    twins = [dict(copy.named_parameters()) for copy in copies]
-    names = {parameter: name for name, parameter in supernet.model.named_parameters()}
+    twins = [_named(copy) for copy in copies]
+    names = {tensor: name for name, tensor in _named(supernet.model).items()}
     mirrors = {
-        parameter: [
-            tensor
-            for member in (parameter, *(twin[name] for twin in twins))
-            for tensor in _remembered(trainer.optimizers, member, skip_others=at_end)
+        tensor: [
+            remembered
+            for member in (tensor, *(twin[name] for twin in twins))
+            for remembered in _remembered(trainer.optimizers, member, skip_others=at_end)
         ]
-        for parameter, name in names.items()
+        for tensor, name in names.items()
     }
-    for parameter, name in names.items():
-        mirrors[parameter] += named_tensors(name, parameter, supernet.model, pl_module, callbacks_of(trainer))
-    for parameter, permutations in supernet.reorder(scores).items():
+    for tensor, name in names.items():
+        mirrors[tensor] += named_tensors(name, tensor, supernet.model, pl_module, callbacks_of(trainer))
+    for tensor, permutations in supernet.reorder(scores).items():
         for twin in twins:
-            copy = twin[names[parameter]]
-            mirrors[parameter] += [tensor for tensor in (copy.data, copy.grad) if tensor is not None]
-        for tensor in mirrors[parameter]:
-            permute_like(tensor, permutations)
+            copy = twin[names[tensor]]
+            mirrors[tensor] += [mirror for mirror in (copy.data, copy.grad) if mirror is not None]
+        for mirror in mirrors[tensor]:
+            permute_like(mirror, permutations)
+
+
+def _named(network: nn.Module) -> dict[str, Tensor]:
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
 
 def _remembered(
-    optimizers: Sequence[torch.optim.Optimizer], parameter: nn.Parameter, skip_others: bool
+    optimizers: Sequence[torch.optim.Optimizer], parameter: Tensor, skip_others: bool
 ) -> list[Tensor]:
     """What the optimizers keep for each entry of a parameter: moments, momentum."""
     found = []

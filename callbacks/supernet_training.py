@@ -22,6 +22,7 @@ from lightning_nas.callbacks._lightning import (
     accumulates,
     has_static_graph,
     run_validation,
+    syncs_batch_norm,
     takes_batch_idx,
     training_batches,
 )
@@ -42,6 +43,7 @@ from lightning_nas.errors import NASError, UnsupportedError
 from lightning_nas.sampling import Largest, MultiArchitectural, Sampler, sampler_named
 from lightning_nas.space import Architecture, SearchSpace
 from lightning_nas.supernet import Supernet
+from lightning_nas.supernet.statistics import tracks_statistics
 
 __all__ = ["SupernetTraining"]
 
@@ -317,6 +319,16 @@ class SupernetTraining(Callback):
             faults.append(
                 f"{type(trainer.strategy).__name__} accumulates gradients itself, which hides them from the "
                 "students; use strategy='ddp'"
+            )
+        network = find_network(pl_module, self.network, type(self).__name__, may_be_missing=True)
+        if (
+            syncs_batch_norm(trainer)
+            and network is not None
+            and any(map(tracks_statistics, network.modules()))
+        ):
+            faults.append(
+                "sync_batchnorm=True replaces the batch norms of the network when the run begins; leave it "
+                "out: statistics of subnetworks come from all processes anyway"
             )
         if faults:
             raise UnsupportedError(f"{type(self).__name__}: {'; and '.join(faults)}.")
@@ -666,7 +678,10 @@ class SupernetTraining(Callback):
             return run_validation(trainer)
 
     def _recalibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the active subnetwork batch-norm statistics of its own, by the user's ``training_step``."""
+        """Give the active subnetwork batch-norm statistics of its own, by the user's ``training_step``.
+
+        Each process sees its share of the samples, and all agree on the mean of what they saw.
+        """
         supernet, seen = self._require(), 0
         if not supernet.is_stale:
             return
@@ -675,7 +690,7 @@ class SupernetTraining(Callback):
             for i, batch in enumerate(training_batches(trainer)):
                 with trainer.precision_plugin.train_step_context():
                     pl_module.training_step(batch, *((i,) if takes_batch_idx(pl_module) else ()))
-                seen += extract_batch_size(batch)
+                seen += extract_batch_size(batch) * trainer.world_size
                 if seen >= self.calibration_samples:
                     break
 

@@ -42,8 +42,11 @@ class Parameters:
             for part in anatomy.parts
             for name, axes in part.axes.items()
         }
+        temporary = {f"{part.module}.{name}".lstrip(".") for part in anatomy.parts for name in part.temporary}
         terms = []
         for name, parameter in self.supernet.model.named_parameters():  # a shared one comes once
+            if name in temporary:
+                continue
             axes = elastic.get(name, tuple((Segment(length),) for length in parameter.shape))
             terms.append(Term(anatomy.block_of(name), 1, axes))
         object.__setattr__(self, "_table", CountTable(self.supernet.fit, terms))

@@ -3,6 +3,7 @@
 from lightning_nas.supernet.adapter import Adapter, Preset, Reader
 from lightning_nas.supernet.anatomy import Anatomy, Family, Group, Operation, Part, Segment, Stage
 from lightning_nas.supernet.families import families, family_of, supported_networks, supports
+from lightning_nas.supernet.kernels import add_kernel_transforms
 from lightning_nas.supernet.ordering import Permutation, permute_like
 from lightning_nas.supernet.supernet import Supernet, default_space
 
@@ -19,6 +20,7 @@ __all__ = [
     "Segment",
     "Stage",
     "Supernet",
+    "add_kernel_transforms",
     "default_space",
     "families",
     "family_of",

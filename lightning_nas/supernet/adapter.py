@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -23,10 +23,11 @@ from lightning_nas.supernet.anatomy import (
     Stage,
     axis_length,
 )
+from lightning_nas.supernet.kernels import matrices_of, read_transformed
 from lightning_nas.supernet.spaces import relative_space
 from lightning_nas.supernet.statistics import BUFFERS
 
-__all__ = ["QUARTERS", "Adapter", "Preset", "Reader", "length", "shape_of"]
+__all__ = ["QUARTERS", "Adapter", "Preset", "Reader", "length", "multiples", "shape_of"]
 
 QUARTERS = (0.25, 0.5, 0.75, 1.0)
 
@@ -37,17 +38,18 @@ class Preset:
 
     Args:
         limits: the largest value that some choices must have in the network (``{"depth": 12, "heads": 12}``).
-        options: of :func:`~lightning_nas.supernet.spaces.relative_space`.
+        options: of :func:`~lightning_nas.supernet.spaces.relative_space`, or what gives them for a network.
     """
 
     limits: Mapping[str, int]
-    options: Mapping[str, Any]
+    options: Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]
 
 
 class Adapter:
     """A family as most are: its default space, presets by name, and nothing special about its blocks."""
 
     name: str
+    executions: tuple[str, ...] = ("slice", "mask")
     default: ClassVar[Mapping[str, Any]] = {"heads": QUARTERS, "mlp": QUARTERS}
     presets: ClassVar[Mapping[str, Preset]] = {}
 
@@ -76,12 +78,14 @@ class Adapter:
         chosen = self.presets[preset]
         own = {name: anatomy.limits.get(name, 0) for name in chosen.limits}
         if own != dict(chosen.limits):
+            ways = dict.fromkeys(name.rpartition(".")[2] for name in chosen.limits)
             raise ValueError(
                 f"The space {preset!r} is for a network with {_listed(chosen.limits)}; this one has "
                 f"{_listed(own)}. Use space='relative' or nas.supernet.default_space(model, "
-                f"{', '.join(f'{name}=...' for name in chosen.limits)})."
+                f"{', '.join(f'{kind}=...' for kind in ways)})."
             )
-        return relative_space(anatomy, **{**chosen.options, **options})
+        preset_options = chosen.options(model) if callable(chosen.options) else chosen.options
+        return relative_space(anatomy, **{**preset_options, **options})
 
     def trim(self, model: nn.Module, kept: tuple[int, ...], sizes: Sizes) -> None:
         """Nothing is recorded about the network."""
@@ -139,10 +143,11 @@ class Reader:
         choices: tuple[str, ...],
         targets: tuple[str, ...],
         way_out: str | None = None,
+        sizes: tuple[int, ...] = (),
     ) -> str:
         """Units that are used together, see :class:`Group`; ``way_out``: the module whose weight it is."""
         leaves = None if way_out is None else (way_out, "weight")
-        self.groups[name] = Group(name, units, choices, targets, leaves)
+        self.groups[name] = Group(name, units, choices, targets, leaves, sizes)
         return name
 
     def part(
@@ -160,11 +165,11 @@ class Reader:
             if owner._parameters.get(name) is not None or owner._buffers.get(name) is not None
         }
         before = self.parts.get(module, Part(module))
-        self.parts[module] = Part(
-            module,
-            {**before.axes, **present},
-            {**before.attributes, **(attributes or {})},
-            inputs or before.inputs,
+        self.parts[module] = replace(
+            before,
+            axes={**before.axes, **present},
+            attributes={**before.attributes, **(attributes or {})},
+            inputs=inputs or before.inputs,
         )
 
     def operation(self, module: str, per: Literal["position", "pair"], *axes: Axis) -> None:
@@ -187,8 +192,56 @@ class Reader:
         attributes = {"normalized_shape": shape_of(axis)} if self.has(name, "normalized_shape") else {}
         self.part(name, {"weight": (axis,), "bias": (axis,)}, attributes)
 
-    def batch_norm(self, name: str, axis: Axis) -> None:
+    def convolution(
+        self,
+        name: str,
+        rows: Axis,
+        columns: Axis,
+        kernel: str | None = None,
+        classes: tuple[type, ...] = (nn.Conv2d,),
+    ) -> None:
+        """A convolution: rows are its output channels, columns its input channels.
+
+        Args:
+            name: of the module.
+            rows: output channels.
+            columns: input channels; of a grouped convolution a unit of them is one group, or several.
+            kernel: the group of its kernel size, the centre of the whole one; padding follows. None: whole.
+            classes: those that may convolve here.
+        """
+        conv = self.known(name, classes, "convolution")
+        per_group = conv.in_channels // conv.groups
+        if conv.groups > 1 and any(s.group is not None and s.size % per_group for s in (*rows, *columns)):
+            raise UnsupportedError(
+                f"Supernet: {name} convolves in {conv.groups} groups of {per_group} channels, and its "
+                "channels cannot be left out one by one."
+            )
+        inputs = columns if conv.groups == 1 else (Segment(per_group),)
+        sides = tuple((Segment(size, 1, kernel, centred=True),) for size in conv.kernel_size)
+        attributes: dict[str, Any] = {"out_channels": length(rows), "in_channels": length(columns)}
+        if conv.groups > 1:
+            attributes["groups"] = partial(_groups, columns, per_group)
+        if kernel is not None:
+            attributes |= {"kernel_size": partial(_kernel_size, sides)}
+            if any(conv.padding) and not isinstance(conv.padding, str):
+                pads = (sides, conv.kernel_size, conv.padding, conv.dilation)
+                attributes["padding"] = partial(_padding, *pads)
+                attributes["_reversed_padding_repeated_twice"] = partial(_padding_of_edges, *pads)
+        self.part(name, {"weight": (rows, inputs, *sides), "bias": (rows,)}, attributes)
+        if kernel is not None and (matrices := matrices_of(conv)):
+            self.parts[name] = replace(
+                self.parts[name], reads={"weight": read_transformed}, temporary=tuple(matrices)
+            )
+        self.operation(name, "position", rows, inputs, *sides)
+
+    def batch_norm(
+        self,
+        name: str,
+        axis: Axis,
+        classes: tuple[type, ...] = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    ) -> None:
         """A batch norm over channels."""
+        self.known(name, classes, "norm")
         own = dict.fromkeys(BUFFERS[:2], (axis,))
         self.part(name, {"weight": (axis,), "bias": (axis,), **own}, {"num_features": length(axis)})
 
@@ -222,6 +275,11 @@ def length(axis: Axis) -> Any:
     return partial(axis_length, axis)
 
 
+def multiples(units: int, of: int) -> tuple[int, ...]:
+    """The sizes that are multiples of a number, and the whole."""
+    return (*range(of, units, of), units)
+
+
 def shape_of(axis: Axis) -> Any:
     """The attribute that says so as a shape of one dimension."""
     return partial(_shape, axis)
@@ -229,6 +287,31 @@ def shape_of(axis: Axis) -> Any:
 
 def _shape(axis: Axis, sizes: Sizes) -> tuple[int, ...]:
     return (int(axis_length(axis, sizes)),)
+
+
+def _groups(axis: Axis, per_group: int, sizes: Sizes) -> int:
+    return int(axis_length(axis, sizes)) // per_group
+
+
+def _kernel_size(sides: tuple[Axis, ...], sizes: Sizes) -> tuple[int, ...]:
+    return tuple(int(axis_length(side, sizes)) for side in sides)
+
+
+def _padding(
+    sides: tuple[Axis, ...],
+    whole: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    sizes: Sizes,
+) -> tuple[int, ...]:
+    """The padding with which the centre of a kernel sees what it saw within the whole kernel."""
+    used = _kernel_size(sides, sizes)
+    return tuple(p - d * (w - u) // 2 for p, d, w, u in zip(padding, dilation, whole, used, strict=True))
+
+
+def _padding_of_edges(*whole_and_sizes: Any) -> list[int]:
+    """The same as :func:`torch.nn.functional.pad` takes it: the last dimension first, each of its ends."""
+    return [padding for padding in reversed(_padding(*whole_and_sizes)) for _ in range(2)]
 
 
 def _listed(sizes: Mapping[str, int]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, Protocol, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_nas.space import SearchSpace
 
@@ -36,7 +36,8 @@ class Segment:
         units: how many units the whole network has.
         size: entries a unit (a head of 64 rows: 64).
         group: the group whose size says how many of the units are used; None: always all.
-        centred: whether the units used are the middle ones (a kernel's) and not the first ones.
+        centred: whether the units used are the middle ones (a kernel's) and not the first ones; as many are
+            then left out on either side.
     """
 
     units: int
@@ -71,6 +72,7 @@ class Group:
             The first one tells the block that the group lives in, if it lives in one.
         way_out: (module, parameter) whose columns carry the units' contribution on, from which importance is
             read; None for a group whose order is fixed.
+        sizes: those that shares of it are rounded to, ascending (channels in multiples of 8); empty: any.
     """
 
     name: str
@@ -78,6 +80,7 @@ class Group:
     choices: tuple[str, ...]
     targets: tuple[str, ...]
     way_out: tuple[str, str] | None = None
+    sizes: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,16 @@ class Part:
         attributes: plain attributes that follow (``num_heads``), each a function of the sizes.
         inputs: the last dimension of what flows in, for masking; None: of a linear layer or norm the last
             axis of its weight, of other modules not elastic.
+        reads: for a tensor that is more than cut, a function of the module, the whole tensor and its cut.
+        temporary: parameters that only these functions use; an extracted network has none of them.
     """
 
     module: str
     axes: Mapping[str, tuple[Axis, ...]] = field(default_factory=dict)
     attributes: Mapping[str, Callable[[Sizes], Any]] = field(default_factory=dict)
     inputs: Axis | None = None
+    reads: Mapping[str, Callable[[nn.Module, Tensor, Any], Tensor]] = field(default_factory=dict)
+    temporary: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -167,6 +174,13 @@ class Anatomy:
                 limits[choice] = min(group.units, limits.get(choice, group.units))
         return limits
 
+    @cached_property
+    def centred(self) -> frozenset[str]:
+        """The choices that leave out as much on either side: those of kernels."""
+        axes = (axis for part in self.parts for dims in part.axes.values() for axis in dims)
+        groups = {segment.group for axis in axes for segment in axis if segment.centred}
+        return frozenset(name for g in groups if g is not None for name in self.groups[g].choices)
+
     def stage_of(self, block: int) -> Stage:
         """The stage that holds the block with this index."""
         return next(stage for stage in self.stages if self.blocks[block] in stage.blocks)
@@ -190,9 +204,15 @@ class Anatomy:
 
 
 class Family(Protocol):
-    """What an adapter of one kind of network provides; it holds no state of any model."""
+    """What an adapter of one kind of network provides; it holds no state of any model.
+
+    Attributes:
+        name: of the kind.
+        executions: how a subnetwork of it can run, of ``"slice"`` and ``"mask"``.
+    """
 
     name: str
+    executions: tuple[str, ...]
 
     def anatomy(self, model: nn.Module) -> Anatomy:
         """Describe a model.

@@ -146,6 +146,11 @@ def _faults(choice: Choice, anatomy: Anatomy) -> Iterable[str]:
     for value in choice.values:
         if isinstance(value, bool | str | float) or not 1 <= value <= limits[choice.name]:
             yield f"{choice.name!r} cannot be {value!r}, only an integer from 1 to {limits[choice.name]}."
+        elif choice.name in anatomy.centred and (limits[choice.name] - value) % 2:
+            yield (
+                f"{choice.name!r} cannot be {value!r}: as much must be left out of the {limits[choice.name]} "
+                "on either side."
+            )
     stage = next((stage for stage in anatomy.stages if stage.choice == choice.name), None)
     if stage is None:
         return

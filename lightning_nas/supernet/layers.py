@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, TypeAlias
 
@@ -100,6 +100,7 @@ class State:
     def __init__(self, original: type[nn.Module], attributes: dict[str, Any]) -> None:
         self.original, self.attributes = original, attributes
         self.cuts: dict[str, Cut] = {}  # by slicing: what is left of each parameter and buffer
+        self.reads: Mapping[str, Callable[[nn.Module, Tensor, Any], Tensor]] = {}  # of those more than cut
         self.values: dict[str, Tensor] = {}  # what is read in place of buffers: a subnetwork's own statistics
         self.watch: Callable[[nn.Module], None] | None = None  # of a batch norm: told when it reads them
         self.is_dropped = False  # by slicing: whether a block returns its input
@@ -194,11 +195,13 @@ def _reader(name: str) -> Callable[[Any], Tensor | None]:
         if tensor is None:
             return None
         if stand_in is not None:
-            if stand_in.device != tensor.device:
-                stand_in = state.values[name] = stand_in.to(tensor.device)
+            if (stand_in.device, stand_in.dtype) != (tensor.device, tensor.dtype):
+                stand_in = state.values[name] = stand_in.to(tensor)
             return stand_in
         cut = state.cuts.get(name)
-        return tensor if cut is None else take(tensor, cut)
+        if cut is None:
+            return tensor
+        return state.reads[name](self, tensor, cut) if name in state.reads else take(tensor, cut)
 
     return read
 

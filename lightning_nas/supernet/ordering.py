@@ -76,7 +76,7 @@ def magnitude_scores(anatomy: Anatomy, model: nn.Module) -> dict[str, Tensor]:
 
 def reorder(
     anatomy: Anatomy, model: nn.Module, scores: Mapping[str, Tensor]
-) -> dict[nn.Parameter, list[Permutation]]:
+) -> dict[Tensor, list[Permutation]]:
     """Move the units with the highest scores to the front, in place, with the gradients in flight.
 
     Equal scores keep their order. See :meth:`Supernet.reorder`.
@@ -94,7 +94,7 @@ def reorder(
         order = torch.argsort(score, descending=True, stable=True)
         if not torch.equal(order, torch.arange(len(order), device=order.device)):
             orders[name] = order.cpu()
-    done: dict[nn.Parameter, list[Permutation]] = {}
+    done: dict[Tensor, list[Permutation]] = {}
     for part in anatomy.parts:
         owner = model.get_submodule(part.module)
         for name, axes in part.axes.items():
@@ -108,10 +108,9 @@ def reorder(
             ]
             if moves:
                 permute_like(tensor, moves)
-                if isinstance(tensor, nn.Parameter):
-                    if tensor.grad is not None:
-                        permute_like(tensor.grad, moves)
-                    done[tensor] = moves
+                if tensor.grad is not None:
+                    permute_like(tensor.grad, moves)
+                done[tensor] = moves
     return done
 
 

@@ -20,19 +20,20 @@ None or empty: whole."""
 def relative_space(
     anatomy: Anatomy,
     *,
-    depth: Options = None,
+    depth: Options | Mapping[str, Options] = None,
     keep: str | Mapping[int, Sequence[int]] = "spread",
     shared: bool = False,
     **options: Options,
 ) -> SearchSpace:
     """A space for one network.
 
-    Shares are rounded to whole units, at least one. A choice that would only say "whole" is left out.
+    Shares are rounded to whole units, at least one, or to the sizes that a family prefers (multiples of 8). A
+    choice that would only say "whole" is left out.
 
     Args:
         anatomy: of the network.
         depth: options for the number of blocks that run in each stage; None: all from two thirds up; ``()``:
-            whole.
+            whole. A mapping from names (``"stages.2.depth"``) to options leaves other stages whole.
         keep: which blocks of a stage run: ``"spread"`` drops blocks evenly spaced behind the first one, of
             those that need not always run, ``"first"`` keeps the first ones, a mapping gives for each depth
             the indices kept.
@@ -59,19 +60,21 @@ def relative_space(
     runs: set[str] = set()
     for stage in anatomy.stages:
         total = len(stage.blocks)
-        fewest = max(math.ceil(total * 2 / 3), len({0, *stage.fixed}))
-        wanted = tuple(range(fewest, total + 1)) if depth is None else depth
+        wanted = depth.get(stage.choice, ()) if isinstance(depth, Mapping) else depth
+        if wanted is None:
+            least = total - len(_droppable(total, stage.fixed))
+            wanted = tuple(range(max(least, math.ceil(total * 2 / 3)), total + 1))
         offered = _offered("depth", wanted, total)
         kept = {d: _kept(keep, d, total, stage.fixed) for d in offered or (total,)}
         runs.update(stage.blocks[i] for indices in kept.values() for i in indices)
         if offered not in ((), (total,)):
             choices.append(Depth(stage.choice, offered, keeps=tuple(kept.values())))
-    limits = anatomy.limits
+    limits, sizes = anatomy.limits, {name: group.sizes for group in groups for name in group.choices}
     for name in dict.fromkeys(group.choices[-1 if shared else 0] for group in groups):
         block = anatomy.block_of_choice(name)
         if block is not None and anatomy.blocks[block] not in runs:
             continue
-        offered = _offered(_kind(name), options.get(_kind(name)) or (), limits[name])
+        offered = _offered(_kind(name), options.get(_kind(name)) or (), limits[name], sizes[name])
         if offered not in ((), (limits[name],)):
             choices.append(Choice(name, offered))
     if not choices:
@@ -85,18 +88,25 @@ def _kind(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def _offered(kind: str, options: Sequence[float | int], limit: int) -> tuple[int, ...]:
+def _offered(
+    kind: str, options: Sequence[float | int], limit: int, sizes: Sequence[int] = ()
+) -> tuple[int, ...]:
     for option in options:
         if not (0 < option <= 1 if isinstance(option, float) else 1 <= option <= limit):
             raise ValueError(
                 f"relative_space: {kind} cannot be {option!r}; give a float in (0, 1] for a share, or an int "
                 f"from 1 to {limit}, which is all that this network has."
             )
-    return tuple(sorted({max(1, round(o * limit)) if isinstance(o, float) else int(o) for o in options}))
+    return tuple(sorted({_units(o * limit, sizes) if isinstance(o, float) else int(o) for o in options}))
+
+
+def _units(share: float, sizes: Sequence[int]) -> int:
+    """The nearest size that can be offered, of two the larger one."""
+    return min(sizes, key=lambda size: (abs(size - share), -size)) if sizes else max(1, round(share))
 
 
 def _kept(
-    keep: str | Mapping[int, Sequence[int]], depth: int, total: int, fixed: Sequence[int]
+    keep: str | Mapping[int, Sequence[int]], depth: int, total: int, fixed: tuple[int, ...]
 ) -> tuple[int, ...]:
     if isinstance(keep, Mapping):
         if depth not in keep:
@@ -108,11 +118,15 @@ def _kept(
         return tuple(range(depth))
     if keep != "spread":
         raise ValueError(f"relative_space: keep must be 'spread', 'first' or a mapping, got {keep!r}.")
-    free = [i for i in range(1, total) if i not in fixed]
-    out = total - depth
-    if out > len(free):
+    out, candidates = total - depth, _droppable(total, fixed)
+    if out > len(candidates):
         raise ValueError(
-            f"relative_space: depth cannot be {depth!r}: {total - len(free)} blocks must always run."
+            f"relative_space: depth cannot be {depth!r}: {total - len(candidates)} blocks must always run."
         )
-    dropped = {free[int((j + 0.5) * len(free) / out)] for j in range(out)}
+    dropped = {candidates[int((j + 0.5) * len(candidates) / out)] for j in range(out)}
     return tuple(i for i in range(total) if i not in dropped)
+
+
+def _droppable(total: int, fixed: tuple[int, ...]) -> tuple[int, ...]:
+    """Blocks behind the first one that may be dropped."""
+    return tuple(i for i in range(1, total) if i not in fixed)

@@ -20,6 +20,7 @@ from lightning_nas.supernet.anatomy import Anatomy, Axis, Family, Part, Stage
 from lightning_nas.supernet.families import family_of
 from lightning_nas.supernet.fitting import Fit, fit_space
 from lightning_nas.supernet.layers import (
+    Cut,
     Elastic,
     cut_of,
     make_hiding,
@@ -69,7 +70,8 @@ class Supernet:
             (``"depth"``) that stay whole.
 
     Raises:
-        UnsupportedError: for a network or a layer inside that cannot be sliced.
+        UnsupportedError: for a network or a layer inside that cannot be sliced, or an execution that its
+            family does not have.
         ValueError: for a space that does not fit the network, or options that do not fit each other.
         NoMatchError: for a pattern of ``exclude`` that matches nothing.
         NASError: if the network already has a supernet.
@@ -105,17 +107,22 @@ class Supernet:
         self.model: nn.Module = _inside(model)
         self.execution: Literal["slice", "mask"] = execution
         self.family, self.anatomy, self.fit = _plan(self.model, space, exclude)
+        if execution not in self.family.executions:
+            raise UnsupportedError(
+                f"Supernet: execution={execution!r} does not work for a {type(self.model).__name__}; use "
+                f"execution={self.family.executions[0]!r}."
+            )
         self._modules: list[tuple[nn.Module, Part, int | None]] = []
         self._norms = {name: m for name, m in self.model.named_modules() if tracks_statistics(m)}
         self._statistics = Statistics()
         self._is_released = False
+        self._active = self.space.largest
         if order is not None:
             self.reorder(
                 self.magnitude() if order == "magnitude" else self._calibrated(calibration or (), loss)
             )
         self._varying = {part.module: part for part in self.anatomy.parts if self.fit.varies(part)}
         self._make_elastic(self.execution)
-        self._active = self.space.largest
         self._apply(self._active)
 
     @property
@@ -262,7 +269,9 @@ class Supernet:
             for name, axes in part.axes.items():
                 tensor, cut = tensor_of(module, name), cut_of(axes, sizes)
                 if tensor is not None and cut is not None:
-                    memo[id(tensor)] = _like(tensor, take(tensor.detach(), cut).clone())
+                    with torch.no_grad():
+                        kept_values = part.reads.get(name, _take)(module, tensor, cut)
+                    memo[id(tensor)] = _like(tensor, kept_values.clone())
         statistics = self._statistics.of(canonical.key) if canonical != self.space.largest else None
         for name, values in (statistics or {}).items():
             memo.update(
@@ -278,6 +287,8 @@ class Supernet:
             make_plain(module)
             for name, value in part.attributes.items():
                 setattr(module, name, value(sizes))
+            for name in part.temporary:
+                delattr(module, name)
         for module in plain.modules():
             make_plain(module)
         for stage in self.anatomy.stages:
@@ -286,10 +297,15 @@ class Supernet:
         return plain
 
     def _cut(self, norm: str, buffer: str, value: Tensor, sizes: Mapping[str, Any]) -> Tensor:
-        """A statistic at the width that its norm has at these sizes; masked execution keeps whole ones."""
+        """A statistic as the buffer is, but of the width that its norm has at these sizes.
+
+        Masked execution keeps whole ones.
+        """
         part = next((part for part in self.anatomy.parts if part.module == norm), Part(norm))
         whole = self._norms[norm]._buffers[buffer]
-        if buffer not in part.axes or whole is None or value.shape != whole.shape:
+        assert whole is not None  # what has a statistic has its buffer
+        value = value.to(whole)
+        if buffer not in part.axes or value.shape != whole.shape:
             return value
         return take(value, cut_of(part.axes[buffer], sizes))
 
@@ -353,7 +369,7 @@ class Supernet:
         momenta = [(norm, norm.momentum) for norm in running.values()]
         self.model.eval()
         for name, norm in running.items():
-            norm.train()
+            norm.training = True  # and not norm.train(), which is for a dropout inside too
             norm.momentum = None  # type: ignore[assignment]  # the plain average over batches
             state_of(norm).values = fresh(self._own_values(name, norm))
         self._statistics.is_recalibrating = True
@@ -409,24 +425,25 @@ class Supernet:
         """Scores of every head and hidden unit without data: the sum of the same columns' absolute values."""
         return ordering.magnitude_scores(self.anatomy, self.model)
 
-    def reorder(self, scores: Mapping[str, Tensor]) -> dict[nn.Parameter, list[Permutation]]:
+    def reorder(self, scores: Mapping[str, Tensor]) -> dict[Tensor, list[Permutation]]:
         """Move the units with the highest scores to the front, in place; the network computes the same.
 
-        Gradients in flight move along. What else mirrors a parameter (moments, averaged copies) is up to the
-        caller: ``permute_like(tensor, result[parameter])``.
+        Gradients in flight move along. What else mirrors a tensor (moments, averaged copies) is up to the
+        caller: ``permute_like(mirror, result[tensor])``.
 
         Args:
             scores: for each group to reorder one score a unit, as :meth:`importance` gives them.
 
         Returns:
-            For each parameter that changed, what was done to it.
+            For each parameter and buffer that changed, what was done to it.
 
         Raises:
             ValueError: for an unknown group, a wrong number of scores, or one that is not finite.
         """
         self._refuse_if_released("reorder")
-        self._statistics.forget()
-        return ordering.reorder(self.anatomy, self.model, scores)
+        done = ordering.reorder(self.anatomy, self.model, scores)
+        self.forget_statistics()
+        return done
 
     # --- how it is done
 
@@ -449,6 +466,7 @@ class Supernet:
                 state_of(module).watch = self._statistics.watch
             elif execution == "slice":
                 make_sliced(module, tuple(part.axes), tuple(part.attributes), name in blocks)
+                state_of(module).reads = part.reads
             elif name in blocks or self._input_axis(module, part) is not None:
                 make_masked(module, name in blocks)
             else:
@@ -583,6 +601,11 @@ def _refuse_shared(model: nn.Module, anatomy: Anatomy) -> None:
                     f"Supernet: {owners[id(tensor)]} and {here} are one parameter, and shared weights "
                     "cannot be sliced in two ways. Untie them, for example with copy.deepcopy of one layer."
                 )
+
+
+def _take(module: nn.Module, tensor: Tensor, cut: Cut) -> Tensor:
+    """How a part's tensors are read where it says nothing else."""
+    return take(tensor, cut)
 
 
 def _like(tensor: Tensor, values: Tensor) -> Tensor:
