@@ -143,7 +143,7 @@ class SupernetTraining(Callback):
         rule = self.student_loss
         if head is not None and (
             not rule.needs_task
-            or getattr(rule, "taps", ())
+            or bool(getattr(rule, "taps", ()))
             or getattr(rule, "strong_teacher", None) is not None
         ):
             raise ValueError(
