@@ -105,6 +105,20 @@ def test_sentences_kept_for_the_test_leave_the_validation(data):
     assert found[0] + found[1] == movie_reviews()[1].labels
 
 
+def test_training_on_fewer_sentences_takes_the_first_and_validates_on_the_same(data):
+    fewer = SentimentData(max_length=16, batch_size=50, test=1_000, train=100)
+    fewer.setup("fit")
+    whole, part = data.parts, fewer.parts
+    assert torch.equal(part["train"]["input_ids"], whole["train"]["input_ids"][:100])
+    assert torch.equal(part["validation"]["input_ids"], whole["validation"]["input_ids"])
+
+
+@pytest.mark.parametrize("train", [0, 8_001])
+def test_more_training_sentences_than_there_are_are_refused(train):
+    with pytest.raises(ValueError, match="train must be 1 to 8,000"):
+        SentimentData(train=train)
+
+
 def test_a_test_that_leaves_nothing_to_validate_is_refused():
     with pytest.raises(ValueError, match="test must be at least 0 and below the 2,043"):
         SentimentData(test=2_043)

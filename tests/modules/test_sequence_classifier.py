@@ -8,6 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from lightning_nas.callbacks import InstaTune
 from scipy import stats
 from sklearn import metrics as sklearn_metrics
 from torch import nn
@@ -266,6 +267,26 @@ def test_weights_stored_in_half_precision_are_trained_in_single(tmp_path):
     transformers.BertModel(bert_config()).half().save_pretrained(tmp_path)
     module = SequenceClassifier(tmp_path, num_labels=2, max_length=32)
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+
+
+# --- with the callbacks
+
+
+@pytest.mark.filterwarnings("ignore:.*is better than of the largest")  # so short a run says nothing
+@pytest.mark.parametrize("pooling", [None, "mean"])
+def test_a_search_finds_networks_that_give_in_this_module_what_it_measured(tmp_path, folder, pooling):
+    texts = [f"the film {'good' if i % 3 else 'bad'} {'long ' * (i % 5)}plot" for i in range(32)]
+    loaded = DataLoader([(text, int(i % 3 > 0)) for i, text in enumerate(texts)], batch_size=8)
+    module = SequenceClassifier(folder, num_labels=2, pooling=pooling, max_length=16, lr=1e-2)
+    instatune = InstaTune(budget=4, folder=tmp_path / "search")
+    trainer(tmp_path, max_epochs=2, callbacks=[instatune]).fit(module, loaded, loaded)
+    kind = transformers.BertModel if pooling else transformers.BertForSequenceClassification
+    for candidate in instatune.result.candidates:
+        module.model = instatune.extract(candidate)
+        assert type(module.model) is kind
+        found = trainer(tmp_path).validate(module, loaded, verbose=False)[0]
+        assert found["val_loss"] == pytest.approx(candidate.values["val_loss"], rel=1e-4)
+        assert found["val_acc"] == candidate.values["val_acc"]
 
 
 # --- batches of text
