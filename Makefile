@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 export WANDB_MODE := offline
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint types doors wheel bench clean
+.PHONY: demo demo-bert test lint types doors wheel bench clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +18,9 @@ $(VENV)/.installed: pyproject.toml
 
 demo: $(VENV)/.installed
 	$(RUN) -m lightning_nas.recipes.demo_vit
+
+demo-bert: $(VENV)/.installed
+	$(RUN) -m lightning_nas.recipes.demo_bert
 
 test: lint types doors
 	$(RUN) -m pytest -q -rfE --durations=15 -n 2 --dist worksteal

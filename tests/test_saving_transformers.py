@@ -15,6 +15,7 @@ from transformers import (
     BeitForImageClassification,
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
@@ -769,3 +770,19 @@ def test_loading_runs_no_code_of_the_folder_and_unpickles_nothing(tmp_path, monk
     monkeypatch.setattr("pickle.Unpickler", refuse)
     monkeypatch.setattr("torch.load", refuse)
     assert type(load(folder)) is type(model)
+
+
+def test_a_network_without_an_optional_part_comes_back_without_it(tmp_path):
+    model = BertModel(BertConfig(**TEXT), add_pooling_layer=False).eval()
+    tokens = torch.arange(1, 9).view(2, 4)
+    save(model, tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+    assert loaded.pooler is None
+    assert torch.equal(loaded(tokens).last_hidden_state, model(tokens).last_hidden_state)
+    assert {name for name, _ in loaded.named_modules()} == {name for name, _ in model.named_modules()}
+    pulled_out = BertModel(BertConfig(**TEXT))
+    del pulled_out.pooler
+    with pytest.raises(
+        UnsupportedError, match=r"'pooler' is absent, but the config .* makes it a BertPooler"
+    ):
+        save(pulled_out, tmp_path / "other")

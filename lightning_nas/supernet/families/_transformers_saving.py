@@ -63,12 +63,15 @@ def describe(model: PreTrainedModel, shared: Mapping[str, str]) -> Description:
             f"nas.save: transformers {transformers.__version__} cannot build a {name} from the config of the "
             f"network ({type(error).__name__}: {error}). Give model.config the values that this asks for."
         ) from error
+    absent = _absent(model, twin)
+    _leave_out(twin, absent)
     _compare_modules(model, twin)
     _compare_ties(shared, shared_parameters(twin))
     network["subnetwork"] = {
         "shapes": _smaller_shapes(model, twin),
         "dtypes": _other_dtypes(model),
         "attributes": _other_attributes(model, twin),
+        "absent": absent,
     }
     network["buffers"] = _derived_buffers(model, twin)
     if _config_says_all(**network["subnetwork"]):
@@ -99,8 +102,12 @@ def shrink(
     shapes: dict[str, list[int]],
     dtypes: dict[str, str],
     attributes: dict[str, object],
+    absent: list[str],
 ) -> None:
     """Give a stock network the smaller tensors and other attributes of a subnetwork."""
+    for name in absent:
+        path, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(path), attribute, None)
     for name, shape in shapes.items():
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
@@ -132,9 +139,9 @@ def stored_names(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _config_says_all(
-    shapes: Mapping[str, Any], dtypes: Mapping[str, Any], attributes: Mapping[str, Any]
+    shapes: Mapping[str, Any], dtypes: Mapping[str, Any], attributes: Mapping[str, Any], absent: list[str]
 ) -> bool:
-    return not shapes and not dtypes and all(name.rpartition(".")[2] in _RATES for name in attributes)
+    return not (shapes or dtypes or absent) and all(name.rpartition(".")[2] in _RATES for name in attributes)
 
 
 def _stock(network: Mapping[str, Any]) -> PreTrainedModel:
@@ -240,6 +247,23 @@ def _dtype(tensors: Any) -> str:
 
 
 # --- comparing the network with its stock twin
+
+
+def _absent(model: nn.Module, twin: nn.Module) -> list[str]:
+    """Optional modules that the network was made without, such as a pooler."""
+    ours, found = dict(model.named_modules(remove_duplicate=False)), []
+    for path, _ in twin.named_modules(remove_duplicate=False):
+        parent, _, name = path.rpartition(".")
+        is_missing = path not in ours and parent in ours
+        if is_missing and getattr(ours[parent], name, ours) is None:  # set to None, not left out by mistake
+            found.append(path)
+    return found
+
+
+def _leave_out(model: nn.Module, absent: list[str]) -> None:
+    for path in absent:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, None)
 
 
 def _compare_modules(model: nn.Module, twin: nn.Module) -> None:
