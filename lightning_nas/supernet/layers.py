@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,18 @@ def take(parameter: Tensor, cut: Cut) -> Tensor:
 
 class Elastic:
     """Marks a module of a supernet; what is kept on it is in ``_elastic``."""
+
+    _made_by: ClassVar[tuple[Any, ...]]  # the function that makes this class, and its arguments
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made at run time, and no import finds it: a pickle holds how it was made.
+        return (_blank, self._made_by, *super().__reduce_ex__(protocol)[2:])
+
+
+def _blank(factory: Callable[..., type[nn.Module]], *arguments: Any) -> nn.Module:
+    """A module of a generated class as ``__new__`` leaves it; its state comes from the pickle."""
+    cls = factory(*arguments)
+    return cls.__new__(cls)
 
 
 class State:
@@ -177,7 +189,7 @@ def _sliced(original: Any, tensors: tuple[str, ...], is_block: bool) -> type[nn.
             return original.__call__(self, *args, **kwargs)
 
         members |= {"forward": forward, "__call__": call}
-    return _subclass(original, members)
+    return _subclass(original, members, _sliced, original, tensors, is_block)
 
 
 def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -213,7 +225,7 @@ def _hiding(original: Any) -> type[nn.Module]:
             if not (isinstance(block, Elastic) and state_of(block).is_dropped):
                 yield block
 
-    return _subclass(original, {"__iter__": blocks})
+    return _subclass(original, {"__iter__": blocks}, _hiding, original)
 
 
 @cache
@@ -234,9 +246,8 @@ def _masked(original: Any, is_block: bool) -> type[nn.Module]:
         mask, whole = _mask(self, x), original.forward(self, x)
         return torch.where(mask.all(-1, keepdim=True), whole, _masked_norm(self, x, mask, is_centred))
 
-    return _subclass(
-        original, {"forward": block if is_block else norm if "Norm" in original.__name__ else layer}
-    )
+    forward = block if is_block else norm if "Norm" in original.__name__ else layer
+    return _subclass(original, {"forward": forward}, _masked, original, is_block)
 
 
 def _mask(module: Any, x: Tensor) -> Tensor:
@@ -269,6 +280,6 @@ def _masked_norm(norm: Any, x: Tensor, mask: Tensor, is_centred: bool) -> Tensor
     return used.to(x.dtype)
 
 
-def _subclass(original: type[nn.Module], members: dict[str, Any]) -> type[nn.Module]:
-    described = {"__doc__": original.__doc__, "__module__": original.__module__, **members}
-    return type(f"Elastic{original.__name__}", (Elastic, original), described)
+def _subclass(original: type[nn.Module], members: dict[str, Any], *made_by: Any) -> type[nn.Module]:
+    described = {"__doc__": original.__doc__, "__module__": original.__module__, "_made_by": made_by}
+    return type(f"Elastic{original.__name__}", (Elastic, original), {**described, **members})

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import copy
+import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from lightning_nas.errors import NASError, NoMatchError, UnsupportedError
@@ -254,6 +257,38 @@ def test_inside_paused_the_network_is_the_users_own():
     with pytest.raises(RuntimeError, match=r"boom"), supernet.paused():
         raise RuntimeError("boom")
     assert torch.equal(model(IMAGES), small)
+
+
+@pytest.mark.parametrize("execution", ["slice", "mask"])
+def test_a_pickled_supernet_comes_back_as_one_of_its_own(execution):
+    model = tiny()
+    whole, supernet = model(IMAGES), Supernet(model, execution=execution)
+    supernet.activate(supernet.space.smallest)
+    small = model(IMAGES)
+    again = pickle.loads(pickle.dumps(supernet))
+    assert again.active == supernet.space.smallest
+    assert torch.equal(again.model(IMAGES), small)
+    again.activate(again.space.largest)
+    assert torch.equal(again.model(IMAGES), whole)
+    assert torch.equal(model(IMAGES), small)
+    again.release()
+    assert type(again.model.blocks[1]) is Block
+
+
+@pytest.mark.slow
+def test_an_elastic_network_saved_whole_runs_its_subnetwork_in_a_fresh_process(tmp_path):
+    for execution in ("slice", "mask"):
+        supernet = Supernet(tiny(), execution=execution)
+        supernet.activate(supernet.space.smallest)
+        torch.save((supernet.model, IMAGES, supernet.model(IMAGES)), tmp_path / execution)
+    code = """if True:
+        import torch
+        torch.set_num_threads(1)
+        for execution in ("slice", "mask"):
+            model, images, expected = torch.load(execution, weights_only=False)
+            assert torch.equal(model(images), expected), execution
+    """
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
 @pytest.mark.parametrize("execution", ["slice", "mask"])
