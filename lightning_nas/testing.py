@@ -166,8 +166,10 @@ class FamilyConformance:
 
 
 def _calibrate(supernet: Supernet, architecture: Architecture, inputs: Any) -> None:
-    with supernet.using(architecture), supernet.recalibrating() as model:
-        _call(model, inputs)
+    with supernet.using(architecture):
+        if supernet.is_stale:
+            with supernet.recalibrating() as model:
+                _call(model, inputs)
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:

@@ -724,7 +724,7 @@ def flip_a_byte(folder):
     (folder / "model.safetensors").write_bytes(data)
 
 
-UNTOUCHED = {"shapes": {}, "dtypes": {}, "attributes": {}}
+UNTOUCHED = {"shapes": {}, "dtypes": {}, "attributes": {}, "absent": []}
 DAMAGES = {
     "a class of another package": (
         lambda f: rewrite(f, **{"class": "subprocess.Popen"}),
@@ -742,7 +742,7 @@ DAMAGES = {
     "no list of differences": (lambda f: rewrite(f, subnetwork=MISSING), "KeyError: 'subnetwork'"),
     "half of that list": (
         lambda f: rewrite(f, subnetwork={"shapes": {}}),
-        "missing .* 'dtypes' and 'attributes'",
+        "missing .* 'dtypes', 'attributes', and 'absent'",
     ),
     "a list of nothing": (lambda f: rewrite(f, subnetwork=UNTOUCHED), r"is \(8, 32\), expected \(32, 32\)"),
     "altered weights": (flip_a_byte, "SHA-256"),

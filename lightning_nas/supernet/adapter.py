@@ -211,7 +211,9 @@ class Reader:
         """
         conv = self.known(name, classes, "convolution")
         per_group = conv.in_channels // conv.groups
-        if conv.groups > 1 and any(s.group is not None and s.size % per_group for s in (*rows, *columns)):
+        elastic = [segment for segment in (*rows, *columns) if segment.group is not None]
+        follow = {segment.group for segment in rows} == {segment.group for segment in columns}
+        if conv.groups > 1 and elastic and (not follow or any(s.size % per_group for s in elastic)):
             raise UnsupportedError(
                 f"Supernet: {name} convolves in {conv.groups} groups of {per_group} channels, and its "
                 "channels cannot be left out one by one."

@@ -15,6 +15,7 @@ from lightning_nas.callbacks._lightning import (
     can_validate,
     has_static_graph,
     run_validation,
+    syncs_batch_norm,
     takes_batch_idx,
 )
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
@@ -158,6 +159,15 @@ def test_has_static_graph_reads_what_ddp_was_given():
     assert not has_static_graph(trainer_with(strategy=DDPStrategy(process_group_backend="gloo")))
     assert not has_static_graph(trainer_with(strategy=DDPStrategy(static_graph=False)))
     assert not has_static_graph(trainer_with())
+
+
+# --- syncs_batch_norm
+
+
+def test_syncs_batch_norm_reads_what_the_trainer_was_given():
+    assert syncs_batch_norm(trainer_with(strategy="ddp", sync_batchnorm=True))
+    assert not syncs_batch_norm(trainer_with(strategy="ddp"))
+    assert not syncs_batch_norm(trainer_with())
 
 
 # --- takes_batch_idx

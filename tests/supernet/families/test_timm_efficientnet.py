@@ -251,3 +251,10 @@ def test_what_cannot_be_sliced_is_refused_by_name(name, message):
         model = timm.create_model(name)
     with pytest.raises(UnsupportedError, match=message):
         Supernet(model)
+
+
+def test_a_convolution_of_groups_that_do_not_follow_the_channels_is_refused():
+    model = build("EfficientNetV2")
+    model.blocks[1][0].conv_exp = nn.Conv2d(16, 32, 3, 2, 1, groups=16, bias=False)
+    with pytest.raises(UnsupportedError, match=r"blocks.1.0.conv_exp convolves in 16 groups of 1 channels"):
+        Supernet(model)
