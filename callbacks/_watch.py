@@ -16,6 +16,9 @@ from lightning_nas.space import Architecture, SearchSpace
 __all__ = ["Watch"]
 
 _ENOUGH_STEPS = 20  # of the sandwich, before an option that was never trained is worth a word
+_NOTABLE = (
+    0.02  # share of a metric by which the smallest network must be better than the largest, to be worth one
+)
 
 
 class Watch:
@@ -82,7 +85,9 @@ class Watch:
         for name in {key.rsplit("/", 1)[0] for key in values}:
             largest, smallest = values.get(f"{name}/largest"), values.get(f"{name}/smallest")
             sign = 1 if "acc" in name.lower() else -1 if "loss" in name.lower() else 0
-            if largest is not None and smallest is not None and sign * (smallest - largest) > 0:
+            if largest is None or smallest is None:
+                continue
+            if sign * (smallest - largest) > _NOTABLE * abs(largest):
                 worse.add(name)
         for name in sorted(worse & self._worse)[:1]:
             self._say(

@@ -252,13 +252,14 @@ class SupernetTraining(Callback):
             return f"{name}: trains the largest network only, of {supernet.space.size:,} architectures."
         learns = type(self.student_loss).__name__.lower()
         is_features = self._compares_features()
-        kind = "logits"
+        kind, hint = "logits", ""
         if is_features:
-            kind = "features (normalised squared distance; head='...' names a head of yours)"
+            kind = "features (normalised squared distance)"
+            hint = " Where a head of yours makes logits of them, name it to compare these: head='...'."
         rate = f" at {self.lr_factor:g} times the scheduled learning rate" if self.lr_factor != 1 else ""
         return (
             f"{name}: {supernet.space.size:,} architectures. {self.phases}{rate}; "
-            f"order: {self.order or 'as stored'}; students learn from {learns}, compared by {kind}."
+            f"order: {self.order or 'as stored'}; students learn from {learns}, compared by {kind}.{hint}"
         )
 
     @override
