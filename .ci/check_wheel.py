@@ -16,6 +16,9 @@ assert root.parent == Path(sys.argv[1]), f"{root} is not the installed wheel, wh
 assert Path(lightning_nas.callbacks.__file__).parent == root / "callbacks"
 assert (root / "py.typed").exists()
 assert list(files("lightning_nas.recipes").glob("*.yaml")), "no recipe was packaged"
+reviews = files("lightning_nas.recipes") / "data" / "movie_reviews"
+assert (reviews / "movie_reviews.tsv.gz").is_file(), "the example data are missing"
+assert (reviews / "LICENSE").is_file(), "the licence of the example data is missing"
 distribution = importlib.metadata.distribution("lightning-nas")
 tops = {str(path).split("/")[0] for path in distribution.files or ()}
 beside = {"lightning_nas", ".."}  # the command lies in bin, outside of site-packages
