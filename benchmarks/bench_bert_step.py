@@ -5,12 +5,9 @@ Runs take turns as in ``bench_sandwich_step``; ratios are of medians.
 
 from __future__ import annotations
 
-import statistics
-import threading
-
 import pytorch_lightning as pl
 import torch
-from bench_sandwich_step import Fixed, Turn, middle
+from bench_sandwich_step import Fixed, middle, step_seconds
 from lightning_nas.callbacks import SupernetTraining
 from lightning_nas.recipes.sentiment import minilm_folder
 from torch.utils.data import DataLoader, TensorDataset
@@ -25,7 +22,7 @@ def classifier() -> SequenceClassifier:
     return SequenceClassifier(minilm_folder(), num_labels=2, pooling="mean", max_length=TOKENS)
 
 
-def train(module: pl.LightningModule, callbacks: list[pl.Callback]) -> None:
+def train(module: pl.LightningModule, callbacks: list[pl.Callback], steps: int) -> None:
     ids = torch.randint(1000, 20000, (BATCH, TOKENS))
     data = TensorDataset(ids, torch.ones_like(ids), torch.randint(0, 2, (BATCH,)))
     names = ("input_ids", "attention_mask", "labels")
@@ -34,7 +31,7 @@ def train(module: pl.LightningModule, callbacks: list[pl.Callback]) -> None:
         return {n: torch.stack(column) for n, column in zip(names, zip(*rows, strict=True), strict=True)}
 
     trainer = pl.Trainer(
-        max_epochs=WARM_UP + ROUNDS, callbacks=callbacks, accelerator="cpu", devices=1, logger=False,
+        max_epochs=steps, callbacks=callbacks, accelerator="cpu", devices=1, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(module, DataLoader(data, BATCH, collate_fn=collate))
@@ -62,21 +59,7 @@ def runs() -> dict[str, tuple[pl.LightningModule, list[pl.Callback]]]:
 
 
 def main() -> None:
-    made = runs()
-    turns = {name: Turn() for name in made}
-    threads = [
-        threading.Thread(target=train, args=(module, [turns[name], *callbacks]), daemon=True)
-        for name, (module, callbacks) in made.items()
-    ]
-    for thread in threads:
-        thread.start()
-    for _ in range(WARM_UP + ROUNDS):
-        for turn in turns.values():
-            turn.go.release()
-            turn.done.acquire()
-    for thread in threads:
-        thread.join()
-    seconds = {name: statistics.median(turn.seconds[WARM_UP:]) for name, turn in turns.items()}
+    seconds = step_seconds(runs(), train, WARM_UP, ROUNDS)
     alone = seconds["largest"] + seconds["middle"] + seconds["smallest"]
     sandwich, mixture = seconds["sandwich"] / alone, seconds["mixture"] / seconds["largest"]
     print("| measure | ratio | bound |\n| --- | --- | --- |")

@@ -12,8 +12,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytorch_lightning as pl
 import timm.models.vision_transformer as vision_transformer
@@ -99,21 +101,24 @@ def runs() -> dict[str, tuple[torch.nn.Module, list[pl.Callback]]]:
     }
 
 
-def step_seconds() -> dict[str, float]:
-    turns = {name: Turn() for name in runs()}
+def step_seconds(
+    made: dict[str, tuple[Any, list[pl.Callback]]], train: Callable[..., None], warm_up: int, rounds: int
+) -> dict[str, float]:
+    """The median time of a step of each run, one step of each a round."""
+    turns = {name: Turn() for name in made}
     threads = [
-        threading.Thread(target=train, args=(net, [turns[name], *callbacks], WARM_UP + ROUNDS), daemon=True)
-        for name, (net, callbacks) in runs().items()
+        threading.Thread(target=train, args=(net, [turns[name], *callbacks], warm_up + rounds), daemon=True)
+        for name, (net, callbacks) in made.items()
     ]
     for thread in threads:
         thread.start()
-    for _ in range(WARM_UP + ROUNDS):
+    for _ in range(warm_up + rounds):
         for turn in turns.values():
             turn.go.release()
             turn.done.acquire()
     for thread in threads:
         thread.join()
-    return {name: statistics.median(turn.seconds[WARM_UP:]) for name, turn in turns.items()}
+    return {name: statistics.median(turn.seconds[warm_up:]) for name, turn in turns.items()}
 
 
 def resident(field: str) -> float:
@@ -136,7 +141,7 @@ def main() -> None:
         train(net, callbacks, 4)
         print(resident("VmHWM") - before)
         return
-    seconds = step_seconds()
+    seconds = step_seconds(runs(), train, WARM_UP, ROUNDS)
     alone = seconds["largest"] + seconds["middle"] + seconds["smallest"]
     rows = [
         ("sandwich step / sum of standalone steps", seconds["sandwich"] / alone, 1.05),

@@ -13,13 +13,10 @@ Run: python benchmarks/worth_it_bert.py --seeds '[0,1,2]' --page docs/worth-it-b
 from __future__ import annotations
 
 import copy
-import re
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytorch_lightning as pl
 import torch
@@ -27,6 +24,7 @@ from lightning_nas.callbacks import SupernetTraining, specialize
 from lightning_nas.recipes import demo_vit
 from lightning_nas.recipes.sentiment import SentimentData, minilm_folder
 from torch import nn
+from worth_it import markdown, publish, uniform
 
 import lightning_nas as nas
 from lightning_nas.modules import SequenceClassifier
@@ -157,12 +155,6 @@ class Study:
 TOKENS = ("input_ids", "attention_mask")
 
 
-def uniform(space: nas.SearchSpace, depth: int, heads: int, mlp: int) -> nas.Architecture:
-    """The architecture with as many blocks, and in each of them as many heads and MLP units."""
-    wanted = {"depth": depth, "heads": heads, "mlp": mlp}
-    return space.canonical({name: wanted[name.rpartition(".")[2]] for name in space.names})
-
-
 def run(seeds: Sequence[int], sentences: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """All arms for all seeds.
 
@@ -183,38 +175,11 @@ def run(seeds: Sequence[int], sentences: int) -> tuple[pd.DataFrame, pd.DataFram
     return table, pd.DataFrame(seconds)
 
 
-def markdown(table: pd.DataFrame, seconds: pd.DataFrame) -> str:
-    """Means over seeds, and how far the family is ahead, with the standard error over seeds."""
-    family = table.loc[FAMILY]
-    lines = [
-        "| accuracy [%] at | " + " | ".join(table.columns) + " | processor time [s] |",
-        "|---" * (len(table.columns) + 2) + "|",
-    ]
-    for arm in table.index.unique("arm"):
-        cells = []
-        for size in table.columns:
-            values = table.loc[arm][size]
-            cell = "" if values.isna().any() else f"{values.mean():.1f}"
-            if cell and arm != FAMILY:
-                ahead = family[size] - values
-                spread = f" ± {ahead.std() / np.sqrt(len(ahead)):.1f}" if len(ahead) > 1 else ""
-                cell += f" ({ahead.mean():+.1f}{spread})"
-            cells.append(cell)
-        spent = f"{seconds.loc[arm].mean():.0f}" if arm in seconds.index else ""
-        lines.append(f"| {arm} | {' | '.join(cells)} | {spent} |")
-    return "\n".join(lines)
-
-
 def main(seeds: list[int] = [0, 1, 2], sentences: int = 8000, page: str | None = None) -> None:  # noqa: B006
     """Measure, print the table, and write it into a page between its two marks."""
     torch.set_num_threads(1)
     with demo_vit.only_our_messages():
-        written = markdown(*run(seeds, sentences))
-    print(written)
-    if page:
-        text = Path(page).read_text()
-        marks = re.compile(r"(<!-- measured -->\n).*?(<!-- end -->)", re.DOTALL)
-        Path(page).write_text(marks.sub(lambda m: f"{m[1]}{written}\n{m[2]}", text))
+        publish(markdown(*run(seeds, sentences), FAMILY), page)
 
 
 if __name__ == "__main__":
