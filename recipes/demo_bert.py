@@ -37,7 +37,7 @@ HELD_OUT = 1600  # of 2,043 validation sentences, unseen by training and search
 
 def main(
     model: str | None = None,
-    sentences: int = 2400,
+    sentences: int = 1600,
     epochs: int = 2,
     lr: float = 5e-5,
     lr_factor: float = 6.0,

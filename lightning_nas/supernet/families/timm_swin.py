@@ -1,4 +1,4 @@
-"""timm's Swin transformer: attention in windows, in stages of falling resolution."""
+"""timm's Swin Transformer: stages of blocks whose attention works inside windows."""
 
 from __future__ import annotations
 
@@ -16,25 +16,33 @@ __all__ = ["TimmSwin"]
 
 
 class TimmSwin(Adapter):
-    """Adapter of timm's Swin transformers (not of version 2).
+    """Adapter of timm's Swin Transformers; of the second version (SwinV2) it is none.
 
-    Elastic: ``"stages.{s}.depth"``; ``"stages.{s}.layers.{i}.heads"`` and ``"stages.{s}.layers.{i}.mlp"``, or
-    ``"stages.{s}.heads"`` and ``"stages.{s}.mlp"`` for all blocks of a stage. The widths of the stages stay
-    whole. A block keeps its kind, with shifted windows or without, whichever run beside it.
+    Elastic: ``"stages.{s}.depth"``, ``"stages.{s}.layers.{i}.heads"`` and ``"stages.{s}.layers.{i}.mlp"`` (or
+    ``"stages.{s}.heads"`` and ``"stages.{s}.mlp"``, one value for all blocks of a stage). The width of the
+    embedding stays whole.
+
+    Each block keeps the shift of its windows. Plain and shifted ones therefore alternate in a smaller network
+    only where the first blocks are kept (``keep="first"``).
+
+    Reference: Liu et al., Swin Transformer, ICCV 2021.
     """
 
     name = "timm_swin"
 
     def anatomy(self, model: nn.Module) -> Anatomy:
-        """Describe a Swin transformer.
+        """Describe a Swin Transformer.
 
         Raises:
-            UnsupportedError: for a block, attention or MLP of a class not known here.
+            UnsupportedError: for a block, attention, MLP or linear layer of a class not known here.
         """
-        return _Swin(model).anatomy()
+        reader = _Swin(model)
+        for s in range(len(reader.model.layers)):
+            reader.read_stage(s)
+        return reader.anatomy()
 
     def trim(self, model: Any, kept: tuple[int, ...], sizes: Sizes) -> None:
-        """Let each stage say how many blocks it has."""
+        """Correct how many blocks each stage says it has."""
         for stage in model.layers:
             stage.depth = len(stage.blocks)
 
@@ -42,47 +50,47 @@ class TimmSwin(Adapter):
         """Attention as two matrix products, which operation counters see."""
         for module in model.modules():
             if isinstance(module, WindowAttention):
-                module.fused_attn = False  # type: ignore[misc]  # declared final for scripting
+                module.fused_attn = False
 
 
 families.register(f"{SwinTransformer.__module__}.{SwinTransformer.__qualname__}")(TimmSwin())
 
 
 class _Swin(Reader):
-    """Reads one Swin transformer, stage by stage."""
+    """Reads one Swin Transformer, stage by stage."""
 
-    def anatomy(self) -> Anatomy:
-        for s in range(len(self.model.layers)):
-            for i, block in enumerate(self.stage(f"layers.{s}.blocks", f"stages.{s}.depth")):
-                self.known(block, (SwinTransformerBlock,), "block")
-                self._attention(s, i, block)
-                self._mlp(s, i, block)
-        return super().anatomy()
+    def read_stage(self, s: int) -> None:
+        for i, block in enumerate(self.stage(f"layers.{s}.blocks", f"stages.{s}.depth")):
+            self.known(block, (SwinTransformerBlock,), "block")
+            self._attention(s, i, block)
+            self._mlp(s, i, block)
 
     def _attention(self, s: int, i: int, block: str) -> None:
         name = f"{block}.attn"
         attention = self.known(name, (WindowAttention,), "attention")
-        count = attention.num_heads
-        group = self._units(s, i, "heads", count, block, name, f"{name}.proj")
-        heads: Axis = (Segment(count, attention.proj.in_features // count, group),)
-        one: Axis = (Segment(count, 1, group),)
-        width: Axis = (Segment(attention.proj.out_features),)
-        places: Axis = (Segment(len(attention.relative_position_bias_table)),)
-        self.part(name, {"relative_position_bias_table": (places, one)}, {"num_heads": length(one)})
-        self.linear(f"{name}.qkv", heads * 3, width)
-        self.linear(f"{name}.proj", width, heads)
+        width: Axis = (Segment(attention.dim),)
+        group = self._units(s, i, "heads", attention.num_heads, (block, name), f"{name}.proj")
+        one_each = (Segment(attention.num_heads, 1, group),)
+        head_dim = attention.proj.in_features // attention.num_heads
+        heads = Segment(attention.num_heads, head_dim, group)
+        offsets = (Segment(len(attention.relative_position_bias_table)),)
+        self.part(
+            name, {"relative_position_bias_table": (offsets, one_each)}, {"num_heads": length(one_each)}
+        )
+        self.linear(f"{name}.qkv", (heads, heads, heads), width)
+        self.linear(f"{name}.proj", width, (heads,))
         for _ in ("scores", "values"):
-            self.operation(name, "pair", heads)
+            self.operation(name, "pair", (heads,))
 
     def _mlp(self, s: int, i: int, block: str) -> None:
         name = f"{block}.mlp"
         mlp = self.known(name, (Mlp,), "MLP")
-        units = mlp.fc1.out_features
-        hidden: Axis = (Segment(units, 1, self._units(s, i, "mlp", units, block, name, f"{name}.fc2")),)
-        width: Axis = (Segment(mlp.fc2.out_features),)
+        out, units = mlp.fc2.weight.shape
+        width = (Segment(out),)
+        hidden = (Segment(units, 1, self._units(s, i, "mlp", units, (block, name), f"{name}.fc2")),)
         self.linear(f"{name}.fc1", hidden, width)
         self.linear(f"{name}.fc2", width, hidden)
 
-    def _units(self, s: int, i: int, what: str, units: int, block: str, target: str, way_out: str) -> str:
+    def _units(self, s: int, i: int, what: str, units: int, targets: tuple[str, ...], way_out: str) -> str:
         name = f"stages.{s}.layers.{i}.{what}"
-        return self.group(name, units, (name, f"stages.{s}.{what}"), (block, target), way_out)
+        return self.group(name, units, (name, f"stages.{s}.{what}"), targets, way_out)
