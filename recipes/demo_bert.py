@@ -1,6 +1,6 @@
 """One callback turns the fine-tuning of a pretrained BERT into a family of smaller BERTs.
 
-MiniLM (6 layers, 384 wide) learns the sentiment of film-review sentences; about ten minutes on a CPU:
+MiniLM (6 layers, 384 wide) learns the sentiment of film-review sentences; six to ten minutes on a CPU:
 
     python -m lightning_nas.recipes.demo_bert
 
