@@ -23,7 +23,17 @@ import pytorch_lightning as pl
 import torch
 import wandb
 from lightning_nas.callbacks import InstaTune
-from lightning_nas.recipes.demo_vit import FORMATS, OFFLINE, QUIET, SHARES, EpochLine, only_our_messages, say
+from lightning_nas.recipes.demo_vit import (
+    FORMATS,
+    OFFLINE,
+    QUIET,
+    SHARES,
+    EpochLine,
+    latency_ms,
+    only_our_messages,
+    say,
+    three_of,
+)
 from lightning_nas.recipes.sentiment import SentimentData, minilm_folder
 from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor, nn
@@ -85,11 +95,7 @@ def main(
         result = instatune.result
         assert result is not None
         assert result.reference is not None  # the full network, which every search evaluates first
-        whole, least = result.reference.values["macs"], min(c.values["macs"] for c in result.candidates)
-        chosen = {
-            name: result.best("val_acc", where={"macs": ("<=", max(share * whole, least))})
-            for name, share in SHARES.items()
-        }
+        chosen = three_of(result, result.reference.values["macs"])
         networks = {name: instatune.extract(candidate) for name, candidate in chosen.items()}
         for name, network in networks.items():
             nas.save(network, folder / name, architecture=chosen[name].architecture)
@@ -127,7 +133,7 @@ def main(
                 }
             )
         table = pd.DataFrame(rows).set_index("network")
-        table.insert(3, "latency [ms]", pd.Series(latency_ms(networks, example)))
+        table.insert(3, "latency [ms]", pd.Series(latency_ms(networks, example, repeats=30)))
 
     table.to_csv(folder / "networks.csv")
     say(f"\nAccuracy on {HELD_OUT:,} sentences that neither training nor search has seen:\n")
@@ -191,18 +197,6 @@ def accuracy(module: SequenceClassifier, batches: DataLoader[Any]) -> float:
             logits = module(**{name: tensor for name, tensor in batch.items() if name != "labels"})
             right.append(logits.argmax(-1) == batch["labels"])
     return torch.cat(right).float().mean().item()
-
-
-def latency_ms(networks: dict[str, nn.Module], example: dict[str, Tensor]) -> dict[str, float]:
-    """Median time of one sentence, in milliseconds, measured in turns under the same conditions."""
-    times: dict[str, list[float]] = {name: [] for name in networks}
-    with torch.inference_mode():
-        for _ in range(30):
-            for name, network in networks.items():
-                start = time.perf_counter()
-                network.eval()(**example)
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: float(pd.Series(values).median()) for name, values in times.items()}
 
 
 if __name__ == "__main__":

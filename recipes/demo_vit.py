@@ -106,11 +106,7 @@ def main(
         result = instatune.result
         assert result is not None
         assert result.reference is not None  # the full network, which every search evaluates first
-        whole, least = result.reference.values["macs"], min(c.values["macs"] for c in result.candidates)
-        chosen = {
-            name: result.best("val_acc", where={"macs": ("<=", max(share * whole, least))})
-            for name, share in SHARES.items()
-        }
+        chosen = three_of(result, result.reference.values["macs"])
         networks = {name: instatune.extract(candidate) for name, candidate in chosen.items()}
         for name, network in networks.items():
             nas.save(network, folder / name, architecture=chosen[name].architecture)
@@ -277,6 +273,15 @@ def random_search(instatune: InstaTune, data: Images, budget: int, seed: int) ->
     )  # fmt: skip
 
 
+def three_of(result: nas.SearchResult, whole: float) -> dict[str, nas.Candidate]:
+    """The best candidates at three costs, as shares of the full network's."""
+    least = min(candidate.values["macs"] for candidate in result.candidates)
+    return {
+        name: result.best("val_acc", where={"macs": ("<=", max(share * whole, least))})
+        for name, share in SHARES.items()
+    }
+
+
 # --- measurements
 
 
@@ -288,14 +293,17 @@ def accuracy(network: nn.Module, data: Dataset[Any]) -> float:
     return torch.cat(right).float().mean().item()
 
 
-def latency_ms(networks: Mapping[str, nn.Module], example: Tensor, repeats: int = 50) -> dict[str, float]:
-    """Median time of one image, in milliseconds, measured in turns so that all meet the same conditions."""
+def latency_ms(
+    networks: Mapping[str, nn.Module], example: Tensor | Mapping[str, Tensor], repeats: int = 50
+) -> dict[str, float]:
+    """Median time of one example, in milliseconds, measured in turns so that all meet the same conditions."""
     times: dict[str, list[float]] = {name: [] for name in networks}
     with torch.inference_mode():
         for _ in range(repeats):
             for name, network in networks.items():
                 start = time.perf_counter()
-                network.eval()(example)
+                network.eval()
+                network(example) if isinstance(example, Tensor) else network(**example)
                 times[name].append(1e3 * (time.perf_counter() - start))
     return {name: float(np.median(values)) for name, values in times.items()}
 

@@ -49,6 +49,11 @@ class Statistics:
         """Whether the active architecture reads statistics that are not its own."""
         return self._active is not None and self._active not in self._known
 
+    @property
+    def are_any_known(self) -> bool:
+        """Whether there is anything to forget."""
+        return bool(self._known)
+
     def use(self, key: str | None) -> dict[str, Values] | None:
         """Make an architecture the active one; returns its statistics if they are known."""
         self._active, self._has_warned = key, False

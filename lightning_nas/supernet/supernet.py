@@ -395,7 +395,8 @@ class Supernet:
 
     def forget_statistics(self) -> None:
         """Let every recalibration count for nothing, since the weights have changed."""
-        if self._norms and not self._is_released:
+        is_current = self._active == self.space.largest and not self._statistics.are_any_known
+        if self._norms and not self._is_released and not is_current:
             self._statistics.forget()
             self._apply(self._active)
 

@@ -9,19 +9,11 @@ from typing import Any, ClassVar
 from torch import nn
 
 from lightning_nas.errors import UnsupportedError
-from lightning_nas.supernet.adapter import Preset, Reader, length
+from lightning_nas.supernet.adapter import Reader, length
 from lightning_nas.supernet.anatomy import Anatomy, Segment, Sizes
 from lightning_nas.supernet.families._transformers import TransformersAdapter, refuse_attention
 
-__all__ = ["DYNAST", "INSTATUNE", "Tower", "VisionAdapter"]
-
-_BASE = {"depth": 12, "heads": 12, "mlp": 3072}
-INSTATUNE = Preset(
-    _BASE, {"depth": (11, 12), "heads": (6, 8, 10, 12), "mlp": (2048, 2560, 3072), "keep": "first"}
-)
-DYNAST = Preset(
-    _BASE, {"depth": (10, 11, 12), "heads": (6, 8, 10, 12), "mlp": (1024, 2048, 3072), "keep": "first"}
-)
+__all__ = ["Tower", "VisionAdapter"]
 
 
 @dataclass(frozen=True)

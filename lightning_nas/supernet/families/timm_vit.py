@@ -18,16 +18,16 @@ from timm.models.vision_transformer import (
 from torch import nn
 
 from lightning_nas.errors import UnsupportedError
-from lightning_nas.supernet.adapter import Adapter, Preset, Reader, length
+from lightning_nas.supernet.adapter import Adapter, Reader, length
 from lightning_nas.supernet.anatomy import Anatomy, Axis, Segment, Sizes
 from lightning_nas.supernet.families import families
+from lightning_nas.supernet.families._presets import DYNAST, INSTATUNE
 
 __all__ = ["TimmViT"]
 
 BLOCKS = (Block, ResPostBlock, ParallelThingsBlock, ParallelScalingBlock)
 MLPS = (Mlp, GluMlp, SwiGLU)
 NORMS = (LayerNorm, LayerNormFp32, RmsNorm, RmsNormFp32, nn.LayerNorm)
-BASE = {"depth": 12, "heads": 12, "mlp": 3072}
 
 
 class TimmViT(Adapter):
@@ -41,16 +41,7 @@ class TimmViT(Adapter):
     """
 
     name = "timm_vit"
-    presets = {  # noqa: RUF012
-        "instatune": Preset(
-            BASE,
-            {"depth": (11, 12), "heads": (6, 8, 10, 12), "mlp": (2048, 2560, 3072), "keep": "first"},
-        ),
-        "dynast": Preset(
-            BASE,
-            {"depth": (10, 11, 12), "heads": (6, 8, 10, 12), "mlp": (1024, 2048, 3072), "keep": "first"},
-        ),
-    }
+    presets = {"instatune": INSTATUNE, "dynast": DYNAST}  # noqa: RUF012
 
     def anatomy(self, model: nn.Module) -> Anatomy:
         """Describe a vision transformer.

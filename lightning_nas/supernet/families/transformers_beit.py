@@ -16,8 +16,9 @@ from transformers.models.beit.modeling_beit import (
 from lightning_nas.supernet.adapter import Reader
 from lightning_nas.supernet.anatomy import Segment, Sizes
 from lightning_nas.supernet.families import families
+from lightning_nas.supernet.families._presets import INSTATUNE
 from lightning_nas.supernet.families._transformers import whole_classes
-from lightning_nas.supernet.families._transformers_vision import INSTATUNE, Tower, VisionAdapter
+from lightning_nas.supernet.families._transformers_vision import Tower, VisionAdapter
 
 __all__ = ["TransformersBEiT"]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from transformers.models.deit.modeling_deit import DeiTAttention, DeiTLayer, DeiTMLP, DeiTModel
 
 from lightning_nas.supernet.families import families
+from lightning_nas.supernet.families._presets import DYNAST, INSTATUNE
 from lightning_nas.supernet.families._transformers import whole_classes
-from lightning_nas.supernet.families._transformers_vision import DYNAST, INSTATUNE, Tower, VisionAdapter
+from lightning_nas.supernet.families._transformers_vision import Tower, VisionAdapter
 
 __all__ = ["TransformersDeiT"]
 
