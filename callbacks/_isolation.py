@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import LightningModule
 from pytorch_lightning.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-__all__ = ["RandomState", "muted", "same_random_state", "undisturbed", "unregularized"]
+__all__ = ["RandomState", "copied", "muted", "same_random_state", "undisturbed", "unregularized"]
 
 
 @dataclass(frozen=True)
@@ -168,3 +169,8 @@ def unregularized(network: nn.Module) -> Iterator[None]:
     finally:
         for module, name, rate in kept:
             setattr(module, name, rate)
+
+
+def copied(batch: Any) -> Any:
+    """The same nest of containers, new ones, with copies of all tensors."""
+    return apply_to_collection(batch, Tensor, Tensor.clone)

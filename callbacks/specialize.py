@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import ExitStack
 from typing import Any
 
+import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from lightning_nas.callbacks._capture import Call, entry_of
-from lightning_nas.callbacks._lightning import callbacks_of, uncompiled
+from lightning_nas.callbacks._isolation import copied, muted, same_random_state, undisturbed
+from lightning_nas.callbacks._lightning import callbacks_of, takes_batch_idx, uncompiled
+from lightning_nas.callbacks._networks import find_network
 from lightning_nas.callbacks._teaching import (
     OutputTeaching,
     join,
@@ -43,6 +47,7 @@ def specialize(
     weight: float = 0.5,
     temperature: float = 1.0,
     output: OutputReader | None = None,
+    head: str | None = None,
 ) -> nn.Module:
     """Extract one network of a family and fine-tune it for a short while, taught by the full network.
 
@@ -69,7 +74,10 @@ def specialize(
         teacher: None: the full network as it is now; else a network with the same inputs and classes.
         weight: share of the user's loss, in [0, 1].
         temperature: of the softmax, above 0.
-        output: reads the logits from what the network returns, where that is not plain.
+        output: reads the logits from what the network (or the head) returns, where that is not plain.
+        head: dotted name of a module of yours that turns what the network returns into logits, so that both
+            networks are compared by these. The teacher is then a frozen copy of your whole module, which
+            runs its own ``training_step``. None: the one that the callback had, if it had one.
 
     Returns:
         The specialised network, plain.
@@ -77,6 +85,7 @@ def specialize(
     Raises:
         ValueError: for an argument out of range, or an architecture of another space.
         UnsupportedError: for a Trainer or a teacher that cannot work.
+        NoMatchError: if there is no module with the name of the head.
         NASError: if there is no supernet in the module, it was released, or the module replaces its network
             when training starts.
     """
@@ -93,6 +102,15 @@ def specialize(
     module = getattr(module, "_orig_mod", module)
     supernet = _supernet_in(module) if supernet is None else supernet
     _refuse_outside(supernet, module)
+    if head is None and teacher is None:
+        head = _head_of(supernet, module)
+    if head is not None:
+        if teacher is not None:
+            raise UnsupportedError(
+                f"specialize: with head={head!r} the teacher is your module as it is now, whose head fits no "
+                "other network; leave teacher out, or leave head out to compare features."
+            )
+        find_network(module, head, "specialize")
     architecture = candidate.architecture if isinstance(candidate, Candidate) else candidate
     if not supernet.space.contains(architecture):
         raise ValueError(
@@ -103,8 +121,11 @@ def specialize(
     frozen = copy.deepcopy(teacher) if teacher is not None else supernet.extract(supernet.space.largest)
     refuse_other_classes(network, frozen, "specialize")
     student = _with(network, supernet, module)
+    taught = _Taught(network, frozen, weight, temperature, output)
+    if head is not None:
+        taught = _TaughtAtHead(network, _with(frozen, supernet, module), head, weight, temperature, output)
     _set_length(trainer, epochs)
-    callbacks_of(trainer).insert(0, _Taught(network, frozen, weight, temperature, output))
+    callbacks_of(trainer).insert(0, taught)
     try:
         trainer.fit(student, datamodule)
     except MisconfigurationException as error:
@@ -137,16 +158,24 @@ class _Taught(OutputTeaching):
                 "setup or configure_model, so the extracted one is gone. Make it there only once: "
                 "'if self.network is None: ...'."
             )
-        self.watch(self.network, pl_module)
+        self.watch(self.compared(pl_module), pl_module)
         self.teacher.to(pl_module.device, next(self.network.parameters()).dtype)
         rank_zero_info(
             f"specialize: {self.weight:g} of your loss, {1 - self.weight:g} of the distance to the teacher."
         )
 
+    def compared(self, pl_module: LightningModule) -> nn.Module:
+        """The module whose outputs are compared."""
+        return self.network
+
+    def targets(self, trainer: Trainer, pl_module: LightningModule, calls: list[Call]) -> list[Tensor]:
+        """What the teacher says, for each call."""
+        return outputs_of(self.teacher, trainer, pl_module, calls, self.read, "specialize")
+
     @override
     def teach(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor, calls: list[Call]) -> None:
-        targets = outputs_of(self.teacher, trainer, pl_module, calls, self.read, "specialize")
-        features = returns_features(self.network)
+        targets = self.targets(trainer, pl_module, calls)
+        features = self.compared(pl_module) is self.network and returns_features(self.network)
         loss.register_hook(lambda gradient: gradient * self.weight)
 
         def distance(output: Tensor, target: Tensor) -> Tensor:
@@ -154,6 +183,59 @@ class _Taught(OutputTeaching):
             return (1 - self.weight) * taught
 
         join(trainer, pl_module, calls, targets, distance)
+
+
+class _TaughtAtHead(_Taught):
+    """Lets a frozen copy of the user's module teach, by the logits that its head gives in ``training_step``.
+
+    The copy's step comes before that of the module that trains, on the same batch from the same random state.
+    """
+
+    def __init__(self, network: nn.Module, teacher: LightningModule, head: str, *settings: Any) -> None:
+        super().__init__(network, teacher, *settings)
+        self.module, self.head = teacher, head
+        self._said: list[Tensor] = []
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self.module.trainer = trainer
+
+        def hear(module: nn.Module, args: Any, output: Any) -> None:
+            self._said.append(self.read(output))
+
+        self._undo.callback(self.compared(self.module).register_forward_hook(hear).remove)
+
+    @override
+    def compared(self, pl_module: LightningModule) -> nn.Module:
+        found = find_network(pl_module, self.head, "specialize")
+        assert found is not None  # may_be_missing is False
+        return found
+
+    @override
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._said = []
+        with ExitStack() as stack:
+            stack.enter_context(same_random_state(pl_module.device))
+            stack.enter_context(muted(self.module))
+            stack.enter_context(undisturbed(self.module))
+            stack.enter_context(trainer.precision_plugin.train_step_context())
+            stack.enter_context(torch.no_grad())
+            arguments = (batch_idx,) if takes_batch_idx(self.module) else ()
+            self.module.training_step(copied(batch), *arguments)
+
+    @override
+    def targets(self, trainer: Trainer, pl_module: LightningModule, calls: list[Call]) -> list[Tensor]:
+        if len(calls) != len(self._said):
+            raise NASError(
+                f"specialize: training_step called {self.head} {len(self._said)} times for the teacher and "
+                f"{len(calls)} times for the network that trains, on the same batch, so they cannot be "
+                "compared. Leave head out to compare what the networks themselves return."
+            )
+        return self._said
 
 
 def _with(network: nn.Module, supernet: Supernet, module: LightningModule) -> LightningModule:
@@ -181,21 +263,28 @@ def _refuse(trainer: Trainer) -> None:
 
 def _supernet_in(module: LightningModule) -> Supernet:
     """The supernet that a callback of the module's last run made of a network in it."""
-    try:
-        callbacks = callbacks_of(module.trainer)
-    except RuntimeError:  # Lightning's, of a module that never had a Trainer
-        callbacks = []
-    found = [
-        callback.supernet
-        for callback in callbacks
-        if isinstance(callback, SupernetTraining) and callback.supernet is not None
-    ]
+    found = [callback.supernet for callback in _trained_by(module) if callback.supernet is not None]
     if len(found) == 1:
         return found[0]
     raise NASError(
         f"specialize: the last run of this {type(module).__name__} had {len(found)} callbacks with a "
         "supernet; say which one to take from: supernet=instatune.supernet."
     )
+
+
+def _head_of(supernet: Supernet, module: LightningModule) -> str | None:
+    """The head by which students were compared, if the module still has it."""
+    heads = [callback.head for callback in _trained_by(module) if callback.supernet is supernet]
+    names = dict(module.named_modules())
+    return next((head for head in heads if head in names), None)
+
+
+def _trained_by(module: LightningModule) -> list[SupernetTraining]:
+    try:
+        callbacks = callbacks_of(module.trainer)
+    except RuntimeError:  # Lightning's, of a module that never had a Trainer
+        return []
+    return [callback for callback in callbacks if isinstance(callback, SupernetTraining)]
 
 
 def _refuse_outside(supernet: Supernet, module: LightningModule) -> None:

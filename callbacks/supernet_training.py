@@ -13,6 +13,7 @@ import torch
 from lightning_nas.callbacks._capture import Call, Capture, entry_of, tapped
 from lightning_nas.callbacks._isolation import (
     RandomState,
+    copied,
     muted,
     same_random_state,
     undisturbed,
@@ -31,7 +32,6 @@ from lightning_nas.callbacks._ordering import put_in_order, unsortable
 from lightning_nas.callbacks._schedule import LearningRateFactor, Phases
 from lightning_nas.callbacks._teaching import join, outputs_of, refuse_other_classes, returns_features
 from lightning_nas.callbacks._watch import Watch
-from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from pytorch_lightning.utilities.data import extract_batch_size
@@ -346,7 +346,7 @@ class SupernetTraining(Callback):
         runs_again = self.student_loss.needs_task and not isinstance(self.sampler, MultiArchitectural)
         if is_sandwich and (runs_again or (self.order and not self.ordered)):
             # The user's step may change its batch: students get what it was before.
-            self._step_arguments = (_copied(batch), *((batch_idx,) if takes_batch_idx(pl_module) else ()))
+            self._step_arguments = (copied(batch), *((batch_idx,) if takes_batch_idx(pl_module) else ()))
             if self._moving is None:
                 self._frozen = [
                     (p, p.detach().clone()) for p in pl_module.parameters() if not p.requires_grad
@@ -514,7 +514,7 @@ class SupernetTraining(Callback):
         self._random_state.restore()
         batch, *batch_idx = self._step_arguments
         with self._capture.on() as calls:
-            output = pl_module.training_step(_copied(batch), *batch_idx)
+            output = pl_module.training_step(copied(batch), *batch_idx)
         loss = output["loss"] if isinstance(output, Mapping) else output
         return (loss if isinstance(loss, Tensor) else None), calls
 
@@ -701,8 +701,3 @@ class SupernetTraining(Callback):
         if self.trains_students:
             space = self._require().space
             self.watch.ended(trainer, space, self.sandwich_steps, self.phases.warmup_steps)
-
-
-def _copied(batch: Any) -> Any:
-    """The same nest of containers, new ones, with copies of all tensors."""
-    return apply_to_collection(batch, Tensor, Tensor.clone)

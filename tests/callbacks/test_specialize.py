@@ -107,6 +107,48 @@ def test_features_are_taught_by_normalised_squared_distance():
     assert_same(weights(small), weights(hand.net.encoder.vit), rtol=0, atol=2e-4)
 
 
+class Augments(users.NestedFeatures):
+    """Adds noise to its images, and has a head of its own with dropout before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.top, self.net.head = self.net.head, torch.nn.Identity()
+        self.double()
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        x += torch.randn_like(x)  # in place
+        self.log("noise", x.mean())
+        return F.cross_entropy(self.top(F.dropout(self.net(x), 0.25, self.training)), y)
+
+
+@pytest.mark.parametrize("named", [True, False])  # by the user, or by the callback that trained the family
+def test_with_a_head_of_the_users_the_logits_of_his_whole_module_teach(named):
+    module, callback = Augments(), SupernetTraining(head=None if named else "top", **AT_ONCE)
+    fit(module, callback, max_epochs=1, precision="64-true")
+    supernet, teacher = callback.supernet, copy.deepcopy(module).eval()
+    pl.seed_everything(5, verbose=False)
+    small = specialize(
+        supernet.space.smallest, fresh(precision="64-true"), module, users.loader(), epochs=1,
+        temperature=2.0, head="top" if named else None,
+    )  # fmt: skip
+
+    hand = copy.deepcopy(module)
+    hand.net.encoder.vit = supernet.extract(supernet.space.smallest)
+    optimizer = hand.configure_optimizers()
+    pl.seed_everything(5, verbose=False)
+    for x, y in [(x.double(), y) for x, y in users.loader()]:
+        optimizer.zero_grad()
+        noisy = x + torch.randn_like(x)
+        with torch.no_grad():
+            target = teacher.top(teacher.net(noisy))
+        logits = hand.top(F.dropout(hand.net(noisy), 0.25))
+        taught = 4 * cross_entropy_of_soft_targets(logits / 2, target / 2)
+        (0.5 * F.cross_entropy(logits, y) + 0.5 * taught).backward()
+        optimizer.step()
+    assert_same(weights(small), weights(hand.net.encoder.vit), rtol=0, atol=1e-12)
+
+
 def test_with_labels_alone_it_is_the_plain_fit_of_the_extracted_network_bit_for_bit():
     module, supernet = trained(users.ScheduledClassifier)  # with dropout and drop-path
     plain = users.ScheduledClassifier(supernet.extract(supernet.space.smallest))
@@ -316,6 +358,11 @@ def test_what_cannot_work_is_refused_with_the_remedy():
         ((smallest, fresh(), module), {"weight": 2}, ValueError, r"weight must be in \[0, 1\], got 2"),
         ((smallest, fresh(), module), {"temperature": 0}, ValueError, "temperature must be above 0, got 0"),
         ((smallest, fresh(), module), {"epochs": 0.1}, ValueError, "epochs=0.1 is less than one batch"),
+        (
+            (smallest, fresh(), module), {"head": "net.head", "teacher": users.tiny_vit()},
+            nas.UnsupportedError, "with head='net.head' the teacher is your module.*leave teacher out",
+        ),
+        ((smallest, fresh(), module), {"head": "tip"}, nas.NoMatchError, "specialize: no sub-module 'tip'"),
         ((other, fresh(), module), {}, ValueError, "is not in the space of this supernet.*own search"),
         ((smallest, done, module), {}, nas.UnsupportedError, r"already trained \(3 steps\).*fresh one"),
         ((smallest, fresh(callbacks=[InstaTune()]), module), {}, nas.UnsupportedError, "leave it out"),
