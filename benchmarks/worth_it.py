@@ -191,12 +191,12 @@ def main(seeds: list[int] = [0, 1, 2, 3, 4, 5], epochs: int = 16, page: str | No
     publish(written, page)
 
 
-def publish(written: str, page: str | None) -> None:
+def publish(written: str, page: str | None, mark: str = "measured") -> None:
     """Print a table, and write it into a page between its two marks."""
     print(written)
     if page:
         text = Path(page).read_text()
-        marks = re.compile(r"(<!-- measured -->\n).*?(<!-- end -->)", re.DOTALL)
+        marks = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- end -->)", re.DOTALL)
         Path(page).write_text(marks.sub(lambda m: f"{m[1]}{written}\n{m[2]}", text))
 
 
