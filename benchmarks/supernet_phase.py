@@ -1,8 +1,8 @@
 """What can the supernet phase do? One setting of the callback changed at a time, all runs at equal time.
 
 Two tasks: ``digits`` (the ViT and images of ``worth_it.py``) and ``sentences`` (MiniLM and film reviews, as
-in ``worth_it_bert.py``). A setting whose step costs more takes fewer steps: the time of a step of each setting
-is measured first, in rounds that interleave all of them, and the length of each run follows from the medians.
+in ``worth_it_bert.py``). A setting whose step costs more takes fewer steps: the time of a step of each one
+is measured first, in rounds that interleave all, and the length of each run follows from the medians.
 
 Measured on data that no run saw: the accuracy of the full network, the mean accuracy of random subnetworks,
 the same ones for all settings of a seed, and that of the smallest.

@@ -128,7 +128,7 @@ class Study:
             pl.seed_everything(self.seed, verbose=False)
             member = uniform(callback.supernet.space, *shape)
             trainer = pl.Trainer(limit_val_batches=0, **QUIET)
-            network = specialize(member, trainer, module, self.data, supernet=callback.supernet)
+            network = specialize(member, trainer, module, self.data, supernet=callback.supernet, head="head")
             self.seconds[SPECIAL] = self.seconds.get(SPECIAL, 0.0) + time.process_time() - began
             small = trainer.lightning_module
             assert small.model is network

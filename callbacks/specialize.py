@@ -77,7 +77,7 @@ def specialize(
         output: reads the logits from what the network (or the head) returns, where that is not plain.
         head: dotted name of a module of yours that turns what the network returns into logits, so that both
             networks are compared by these. The teacher is then a frozen copy of your whole module, which
-            runs its own ``training_step``. None: the one that the callback had, if it had one.
+            runs its own ``training_step``. None: the one of the callback in the module's last run, if any.
 
     Returns:
         The specialised network, plain.
@@ -160,8 +160,14 @@ class _Taught(OutputTeaching):
             )
         self.watch(self.compared(pl_module), pl_module)
         self.teacher.to(pl_module.device, next(self.network.parameters()).dtype)
+        is_features = self._compares_features(pl_module)
         rank_zero_info(
-            f"specialize: {self.weight:g} of your loss, {1 - self.weight:g} of the distance to the teacher."
+            f"specialize: {self.weight:g} of your loss, {1 - self.weight:g} of the distance to the teacher"
+            + (
+                ", by features. Where a head of yours makes logits of them, name it: head='...'."
+                if is_features
+                else "."
+            )
         )
 
     def compared(self, pl_module: LightningModule) -> nn.Module:
@@ -172,10 +178,13 @@ class _Taught(OutputTeaching):
         """What the teacher says, for each call."""
         return outputs_of(self.teacher, trainer, pl_module, calls, self.read, "specialize")
 
+    def _compares_features(self, pl_module: LightningModule) -> bool:
+        return self.compared(pl_module) is self.network and returns_features(self.network)
+
     @override
     def teach(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor, calls: list[Call]) -> None:
         targets = self.targets(trainer, pl_module, calls)
-        features = self.compared(pl_module) is self.network and returns_features(self.network)
+        features = self._compares_features(pl_module)
         loss.register_hook(lambda gradient: gradient * self.weight)
 
         def distance(output: Tensor, target: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_nas.costs import MACs, Parameters
 from lightning_nas.errors import UnsupportedError
 from lightning_nas.space import Architecture, SearchSpace
-from lightning_nas.supernet import Supernet, family_of
+from lightning_nas.supernet import Supernet, family_of, zero_residual_branches
 from lightning_nas.supernet.statistics import tracks_statistics
 
 __all__ = ["FamilyConformance", "randomise"]
@@ -118,6 +118,25 @@ class FamilyConformance:
             assert 2 * macs(architecture) == counter.get_total_flops()
             assert 2 * macs.many(chosen)[i] == counter.get_total_flops()
             assert parameters(architecture) == sum(parameter.numel() for parameter in extracted.parameters())
+
+    def test_blocks_whose_branches_are_zero_give_back_their_input(self, network: Any) -> None:
+        """The layers that a family calls the ends of residual branches are those, where it names any."""
+        model, inputs = network
+        anatomy = family_of(model).anatomy(model)
+        if not anatomy.branch_ends:
+            return
+        zero_residual_branches(model)
+        droppable = [s.blocks[i] for s in anatomy.stages for i in range(len(s.blocks)) if i not in s.fixed]
+        changed = []
+
+        def compare(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if not torch.equal(_tensors(output)[0], args[0]):
+                changed.append(block)
+
+        for name in droppable:
+            model.get_submodule(name).register_forward_hook(compare)
+        _run(model, inputs)
+        assert not changed
 
     def test_masking_equals_slicing_in_outputs_and_gradients(self, network: Any) -> None:
         """Both executions agree in float64; a family that cannot mask says so."""

@@ -1,12 +1,12 @@
 """LightningModules for people who bring only a network's name."""
 
+from lightning_nas.modules._schedules import exponential_constant_ending, warmup_cosine, warmup_linear
 from lightning_nas.modules.glue import GLUE
-from lightning_nas.modules.image_classifier import ImageClassifier, Mixing, mix, warmup_cosine
+from lightning_nas.modules.image_classifier import ImageClassifier, Mixing, mix
 from lightning_nas.modules.sequence_classifier import (
     SequenceClassifier,
     layer_distances,
     mean_pool,
-    warmup_linear,
 )
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "ImageClassifier",
     "Mixing",
     "SequenceClassifier",
+    "exponential_constant_ending",
     "layer_distances",
     "mean_pool",
     "mix",

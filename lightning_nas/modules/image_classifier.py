@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import timm
@@ -20,33 +18,10 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 from typing_extensions import override
 
+from lightning_nas.modules._schedules import faults_of_optimizer, scheduled
 from lightning_nas.registry import nearest
 
-__all__ = ["ImageClassifier", "Mixing", "mix", "warmup_cosine"]
-
-
-def warmup_cosine(step: int, warmup: int, total: int) -> float:
-    """The factor of the learning rate: up in a line over ``warmup`` steps, then down along a half cosine.
-
-    ``(step + 1) / warmup`` before the end of the warm-up, ``(1 + cos(pi * progress)) / 2`` after it, where
-    progress is the share of the remaining ``total - warmup`` steps that is done.
-
-    Args:
-        step: optimizer steps done, at least 0.
-        warmup: optimizer steps of the rise, 0 for none.
-        total: optimizer steps of the whole run.
-
-    Returns:
-        A number in [0, 1]; 0 from ``total`` on.
-
-    Example:
-        >>> [round(warmup_cosine(step, warmup=2, total=6), 3) for step in range(7)]
-        [0.5, 1.0, 1.0, 0.854, 0.5, 0.146, 0.0]
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return 0.5 * (1 + math.cos(math.pi * progress))
+__all__ = ["ImageClassifier", "Mixing", "mix"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +72,7 @@ def mix(images: Tensor, labels: Tensor, num_classes: int, mixing: Mixing) -> tup
 
 
 class ImageClassifier(pl.LightningModule):
-    """Trains a classifier: AdamW with layer-wise learning rates, warm-up and cosine, mixup, accuracies.
+    """Trains a classifier: AdamW with layer-wise learning rates, warm-up and a schedule, mixup, accuracies.
 
     Batches are ``(images, labels)`` or ``{"image": images, "label": labels}``. Logged are ``train_loss``,
     ``val_loss``, ``val_acc``, ``test_loss``, ``test_acc``, and top-5 accuracies ``val_acc5``, ``test_acc5``
@@ -114,6 +89,8 @@ class ImageClassifier(pl.LightningModule):
         layer_decay: factor of the learning rate for each layer further from the output, in (0, 1]; 1: the
             same rate everywhere.
         warmup: share of the run in which the rate rises, in [0, 1); an int: optimizer steps.
+        schedule: how it falls afterwards: ``"cosine"``, ``"linear"``, or ``"constant-ending"``, exponentially
+            to 5 %, which then last to the end (BigNAS, for training from scratch).
         mixing: mixup, cutmix and label smoothing; also as a dictionary.
 
     Raises:
@@ -137,10 +114,11 @@ class ImageClassifier(pl.LightningModule):
         weight_decay: float = 0.05,
         layer_decay: float = 0.75,
         warmup: int | float = 0.1,
+        schedule: Literal["cosine", "linear", "constant-ending"] = "cosine",
         mixing: Mixing | dict[str, float] | None = None,
     ) -> None:
         super().__init__()
-        _check(num_classes, lr, weight_decay, layer_decay, warmup)
+        _check(num_classes, lr, weight_decay, layer_decay, warmup, schedule)
         self.mixing = Mixing(**mixing) if isinstance(mixing, dict) else mixing or Mixing()
         self.model = _network(model, num_classes, pretrained, model_kwargs or {})
         self.save_hyperparameters(ignore=["model", "mixing"] if isinstance(model, nn.Module) else ["mixing"])
@@ -148,7 +126,7 @@ class ImageClassifier(pl.LightningModule):
             self.mixing
         )  # plain values: a checkpoint loads without unpickling ours
         self.num_classes, self.lr, self.weight_decay = num_classes, lr, weight_decay
-        self.layer_decay, self.warmup = layer_decay, warmup
+        self.layer_decay, self.warmup, self.schedule = layer_decay, warmup, schedule
         accuracies = {"acc": 1, "acc5": 5} if num_classes > 5 else {"acc": 1}
         self.val_metrics, self.test_metrics = (
             nn.ModuleDict(
@@ -190,17 +168,8 @@ class ImageClassifier(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        total = self.trainer.estimated_stepping_batches
-        if not math.isfinite(total):
-            raise ValueError(
-                "ImageClassifier: the cosine schedule needs the length of the run, which is unknown here. "
-                "Give the Trainer max_epochs or max_steps, or override configure_optimizers."
-            )
-        warmup = self.warmup if isinstance(self.warmup, int) else round(self.warmup * total)
         optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.lr)
-        factor = partial(warmup_cosine, warmup=warmup, total=int(total))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return scheduled(self, optimizer, self.schedule, self.warmup)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The groups of parameters that timm makes, each with its own learning rate and weight decay."""
@@ -264,18 +233,11 @@ def _near(name: str) -> str:
     return f"{hint}timm.list_models('*vit*') lists names that contain a word."
 
 
-def _check(num_classes: int, lr: float, weight_decay: float, layer_decay: float, warmup: int | float) -> None:
+def _check(num_classes: int, *optimizer: Any) -> None:
     faults = []
     if num_classes < 2:
         faults.append(f"num_classes must be at least 2, got {num_classes}")
-    if lr <= 0:
-        faults.append(f"lr must be above 0, got {lr}")
-    if weight_decay < 0:
-        faults.append(f"weight_decay must be at least 0, got {weight_decay}")
-    if not 0 < layer_decay <= 1:
-        faults.append(f"layer_decay must be in (0, 1], got {layer_decay}")
-    if warmup < 0 or (isinstance(warmup, float) and warmup >= 1):
-        faults.append(f"warmup must be a share in [0, 1) or a number of steps as an int, got {warmup!r}")
+    faults += faults_of_optimizer(*optimizer)
     if faults:
         raise ValueError(f"ImageClassifier: {'; '.join(faults)}.")
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,29 +16,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from typing_extensions import override
 
+from lightning_nas.modules._schedules import faults_of_optimizer, scheduled
 from lightning_nas.modules.glue import labels_and_metrics, metrics_named
 
-__all__ = ["SequenceClassifier", "layer_distances", "mean_pool", "warmup_linear"]
-
-
-def warmup_linear(step: int, warmup: int, total: int) -> float:
-    """The factor of the learning rate: up in a line over ``warmup`` steps, then down in a line to 0.
-
-    Args:
-        step: optimizer steps done, at least 0.
-        warmup: optimizer steps of the rise, 0 for none.
-        total: optimizer steps of the whole run.
-
-    Returns:
-        A number in [0, 1]; 0 from ``total`` on.
-
-    Example:
-        >>> [round(warmup_linear(step, warmup=2, total=6), 3) for step in range(7)]
-        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    return max(0.0, (total - step) / max(1, total - warmup))
+__all__ = ["SequenceClassifier", "layer_distances", "mean_pool"]
 
 
 def mean_pool(hidden: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -91,6 +70,8 @@ class SequenceClassifier(pl.LightningModule):
         layer_decay: factor of the learning rate for each layer further from the output, in (0, 1]; 1: the
             same rate everywhere.
         warmup: share of the run in which the rate rises, in [0, 1); an int: optimizer steps.
+        schedule: how it falls afterwards: ``"linear"``, ``"cosine"``, or ``"constant-ending"``, exponentially
+            to 5 %, which then last to the end.
 
     Raises:
         ValueError: for a value out of range, an unknown metric (the nearest is given), or metrics, labels,
@@ -118,10 +99,11 @@ class SequenceClassifier(pl.LightningModule):
         weight_decay: float = 0.01,
         layer_decay: float = 1.0,
         warmup: int | float = 0.1,
+        schedule: Literal["cosine", "linear", "constant-ending"] = "linear",
     ) -> None:
         super().__init__()
         num_labels, names = labels_and_metrics(num_labels, metrics)
-        _check(num_labels, pooling, max_length, lr, weight_decay, layer_decay, warmup)
+        _check(num_labels, pooling, max_length, lr, weight_decay, layer_decay, warmup, schedule)
         model = str(model) if isinstance(model, Path) else model
         tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
         self.model = _network(model, num_labels, pooling, config, model_kwargs or {}, max_length)
@@ -129,7 +111,8 @@ class SequenceClassifier(pl.LightningModule):
         objects = {"model": model, "tokenizer": tokenizer}
         self.save_hyperparameters(ignore=[k for k, v in objects.items() if not isinstance(v, str | None)])
         self.num_labels, self.pooling, self.max_length = num_labels, pooling, max_length
-        self.lr, self.weight_decay, self.layer_decay, self.warmup = lr, weight_decay, layer_decay, warmup
+        self.lr, self.weight_decay, self.layer_decay = lr, weight_decay, layer_decay
+        self.warmup, self.schedule = warmup, schedule
         self._tokenizer: Any = model if tokenizer is None and isinstance(model, str) else tokenizer
         self._reads_tokenizer_early = tokenizer is not None
         self._inputs = inspect.signature(self.model.forward).parameters.keys() - {"labels"}
@@ -220,17 +203,8 @@ class SequenceClassifier(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        total = self.trainer.estimated_stepping_batches
-        if not math.isfinite(total):
-            raise ValueError(
-                "SequenceClassifier: the linear schedule needs the length of the run, which is unknown here. "
-                "Give the Trainer max_epochs or max_steps, or override configure_optimizers."
-            )
-        warmup = self.warmup if isinstance(self.warmup, int) else round(self.warmup * total)
         optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.lr)
-        factor = partial(warmup_linear, warmup=warmup, total=int(total))
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return scheduled(self, optimizer, self.schedule, self.warmup)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Trained parameters by their layer's distance from the output and by whether they decay."""
@@ -392,10 +366,7 @@ def _head(config: Any, num_labels: int) -> nn.Sequential:
     return nn.Sequential(nn.Dropout(dropout), nn.Linear(config.hidden_size, num_labels))
 
 
-def _check(
-    num_labels: int, pooling: str | None, max_length: int, lr: float, weight_decay: float, layer_decay: float,
-    warmup: int | float,
-) -> None:  # fmt: skip
+def _check(num_labels: int, pooling: str | None, max_length: int, *optimizer: Any) -> None:
     faults = []
     if num_labels < 1:
         faults.append(f"num_labels must be at least 1, got {num_labels}")
@@ -403,14 +374,7 @@ def _check(
         faults.append(f"pooling must be None or 'mean', got {pooling!r}")
     if max_length < 1:
         faults.append(f"max_length must be at least 1, got {max_length}")
-    if lr <= 0:
-        faults.append(f"lr must be above 0, got {lr}")
-    if weight_decay < 0:
-        faults.append(f"weight_decay must be at least 0, got {weight_decay}")
-    if not 0 < layer_decay <= 1:
-        faults.append(f"layer_decay must be in (0, 1], got {layer_decay}")
-    if warmup < 0 or (isinstance(warmup, float) and warmup >= 1):
-        faults.append(f"warmup must be a share in [0, 1) or a number of steps as an int, got {warmup!r}")
+    faults += faults_of_optimizer(*optimizer)
     if faults:
         raise ValueError(f"SequenceClassifier: {'; '.join(faults)}.")
 

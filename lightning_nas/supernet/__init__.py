@@ -3,6 +3,7 @@
 from lightning_nas.supernet.adapter import Adapter, Preset, Reader
 from lightning_nas.supernet.anatomy import Anatomy, Family, Group, Operation, Part, Segment, Stage
 from lightning_nas.supernet.families import families, family_of, supported_networks, supports
+from lightning_nas.supernet.initialisation import zero_residual_branches
 from lightning_nas.supernet.kernels import add_kernel_transforms
 from lightning_nas.supernet.ordering import Permutation, permute_like
 from lightning_nas.supernet.supernet import Supernet, default_space
@@ -27,4 +28,5 @@ __all__ = [
     "permute_like",
     "supported_networks",
     "supports",
+    "zero_residual_branches",
 ]

@@ -117,10 +117,12 @@ class Reader:
         self.groups: dict[str, Group] = {}
         self.parts: dict[str, Part] = {}
         self.operations: list[Operation] = []
+        self.branch_ends: list[str] = []
 
     def anatomy(self) -> Anatomy:
         """What was collected."""
-        return Anatomy(tuple(self.stages), self.groups, tuple(self.parts.values()), tuple(self.operations))
+        parts, operations = tuple(self.parts.values()), tuple(self.operations)
+        return Anatomy(tuple(self.stages), self.groups, parts, operations, tuple(self.branch_ends))
 
     def stage(
         self,

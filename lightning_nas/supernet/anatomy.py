@@ -148,12 +148,15 @@ class Anatomy:
         groups: by name.
         parts: modules that change with the architecture.
         operations: multiply-accumulates that change with the architecture, all of them.
+        branch_ends: the last norm or linear layer of each residual branch; with their weights and biases zero
+            every block gives back its input, or what its shortcut makes of it.
     """
 
     stages: tuple[Stage, ...]
     groups: Mapping[str, Group]
     parts: tuple[Part, ...]
     operations: tuple[Operation, ...]
+    branch_ends: tuple[str, ...] = ()
 
     @cached_property
     def blocks(self) -> tuple[str, ...]:

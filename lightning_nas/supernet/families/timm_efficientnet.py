@@ -132,6 +132,8 @@ class _EfficientNet(ConvReader):
             kernel = self.kernel(s, i, name, convs[j]) if conv in ("conv_dw", "conv_exp") else None
             self.conv(convs[j], axes[j + 1], axes[j], kernel)
             self.channels(f"{name}.{norm}", axes[j + 1])
+        if block.has_skip:
+            self.branch_ends.append(f"{name}.{layers[-1][1]}")
         self.plain(f"{name}.aa")
         if hasattr(block, "se"):
             self.channels(f"{name}.se", inside)

@@ -120,6 +120,7 @@ class _ResNet(ConvReader):
                 self.conv(f"{block}.conv{j}", rows, columns)
                 self.channels(f"{block}.bn{j}", rows)
                 self.plain(f"{block}.act{j}")
+            self.branch_ends.append(f"{block}.bn{len(convs)}")
             self.plain(f"{block}.aa")
             if module.se is not None:
                 self.channels(f"{block}.se", out)

@@ -136,6 +136,8 @@ class _ViT(Reader):
             self._attention(i, f"{name}.attn")
             self._mlp(i, f"{name}.mlp")
             self._beside(name, block, ("norm1", "ls1", "norm2", "ls2"))
+            if isinstance(block, ResPostBlock):
+                self.branch_ends[-2:] = f"{name}.norm1", f"{name}.norm2"
 
     def _attention(self, i: int, name: str, branch: str = "") -> None:
         attention = self.known(name, (Attention,), "attention")
@@ -158,6 +160,7 @@ class _ViT(Reader):
             self.linear(f"{name}.gate", (heads,), self.width)
         self._norm(f"{name}.norm", attention.norm, (heads,))
         self.linear(f"{name}.proj", self.width, (heads,))
+        self.branch_ends.append(f"{name}.proj")
         for _ in ("scores", "values"):
             self.operation(name, "pair", (heads,))
 
@@ -173,6 +176,7 @@ class _ViT(Reader):
             self.linear(f"{name}.fc1", (hidden,) * (2 if isinstance(mlp, GluMlp) else 1), self.width)
         self._norm(f"{name}.norm", mlp.norm, (hidden,))
         self.linear(f"{name}.fc2", self.width, (hidden,))
+        self.branch_ends.append(f"{name}.fc2")
 
     def _scaling_block(self, i: int, name: str, block: Any) -> None:
         self.can_narrow = False
