@@ -161,7 +161,7 @@ def ends_at(module: Any) -> bool:
 def refusal(layer: str, where: str) -> UnsupportedError:
     """The error for a layer whose outputs go where they cannot be followed."""
     return UnsupportedError(
-        f"elastic: the outputs of {layer} go {where}, and how the network would run with fewer of them is not "
+        f"elastic: the outputs of {layer} go {where}, and how the network runs with fewer of them is not "
         "known. They may pass activations, dropout, pooling, batch and layer norms, depthwise convolutions, "
         "and sums and products with layers marked with the same Choice, until linear layers or convolutions "
         "read them. Mark another layer, name what reads them with into=, or describe the network as a family "

@@ -52,7 +52,7 @@ def family_of(model: nn.Module) -> Family:
             return annotated_family(model)
         raise UnsupportedError(
             f"Supernet: {next(iter(annotations_of(model)))} is marked with nas.elastic, but {name} has a "
-            "family of its own, which knows what is elastic in it. Choose with space=, and take the marks off."
+            "family of its own, which knows what is elastic in it. Choose with space=, and unmark its layers."
         )
     if name is None:
         known = {full.rpartition(".")[2]: full for full in supported_networks()}
