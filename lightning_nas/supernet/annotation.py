@@ -125,6 +125,11 @@ def erase(model: nn.Module) -> None:
 
 def _whole(layer: Any, kind: str) -> int:
     if kind == "out" and type(layer) in _LAYERS:
+        if getattr(layer, "groups", 1) > 1:
+            raise UnsupportedError(
+                f"elastic: a convolution in {layer.groups} groups cannot leave out single outputs. Mark the "
+                "layer in front of it; a depthwise convolution follows."
+            )
         return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)
     if kind == "depth" and isinstance(layer, nn.Sequential | nn.ModuleList):
         if len(set(layer)) < len(layer):

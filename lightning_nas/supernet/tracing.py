@@ -186,7 +186,10 @@ class _Follower:
 
     def follow(self, graph: Graph) -> None:
         calls: list[tuple[Node, str]] = []
+        owners: list[str] = []  # modules whose weights are used without calling them
         for node in graph.nodes:
+            if node.op == "get_attr":
+                owners.append(f"{self.prefix}{node.target}".rpartition(".")[0])
             carried = self._carried(node)
             after: Units | None = None
             if node.op != "call_module":
@@ -202,6 +205,10 @@ class _Follower:
                     after = Units(name, self.layers[name], dim, None if dim == -1 else 1 - dim)
             if after is not None:
                 self.units[node] = after
+        for name in owners:
+            if name in self.layers or name in self.flow.reads:
+                layer = name if name in self.layers else self.flow.reads[name].layer
+                raise refusal(layer, f"where {self.here} uses the weight of {name} by itself")
         for node, name in calls:
             if name in self.flow.reads and not self._carried(node):
                 raise refusal(self.flow.reads[name].layer, f"into {name}, which is called without them too")

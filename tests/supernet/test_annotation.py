@@ -64,6 +64,7 @@ def test_options_that_do_not_fit_are_refused_where_they_are_given(options, messa
         (nn.Embedding(3, 8), {"out": (4, 8)}, r"Embedding\. Supported: Linear, Conv1d, Conv2d, Conv3d"),
         (nn.Linear(3, 8), {"depth": (4, 8)}, r"Linear\. Supported: Sequential, ModuleList"),
         (timm.layers.StdConv2d(3, 8, 3), {"out": (4, 8)}, r"timm.*StdConv2d"),
+        (nn.Conv2d(8, 8, 3, groups=8), {"out": (4, 8)}, r"in 8 groups .* Mark the layer in front of it"),
         (nn.Sequential(*[nn.Linear(3, 3)] * 2), {"depth": (1, 2)}, r"a block is several times"),
     ],
 )

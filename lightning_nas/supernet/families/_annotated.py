@@ -146,13 +146,15 @@ class _Annotated(Reader):
             except UnsupportedError:
                 raise
             except Exception as error:  # a user's code fails as it likes where tensors have no values
-                problem, cause = f"into {scope or 'the network'}, which cannot be traced ({error})", error
+                if cause is None:
+                    problem = f"somewhere in {scope or 'the network'}, which cannot be traced ({error})"
+                    cause = error
                 continue
             if layer in flow.called:
                 leaving = [flow.leaves[n] for n in _together(layer, flow.joins) if n in flow.leaves]
                 if not leaving:
                     return flow
-                problem = leaving[0]
+                problem = problem if cause else leaving[0]
         raise refusal(layer, problem) from cause
 
     def _told(self, layer: str, mark: Annotation) -> Flow:

@@ -311,7 +311,7 @@ class TestToldNetwork(FamilyConformance):
 
 def test_where_nothing_can_be_traced_it_is_said_with_the_cause():
     with pytest.raises(
-        UnsupportedError, match=r"the outputs of 0\.up go into .*, which cannot be traced"
+        UnsupportedError, match=r"the outputs of 0\.up go somewhere in 0, which cannot be traced"
     ) as e:
         Supernet(nn.Sequential(Untraceable()))
     assert "control flow" in str(e.value.__cause__)
@@ -380,6 +380,15 @@ REFUSED = {
     "a layer called twice": (
         lambda m, x: m.down(m.up(x)) + m.down(m.other(x)),
         r"into down, which is called without them too",
+    ),
+    "its own weight": (lambda m, x: F.linear(m.up(x), m.up.weight.t()), r"into linear in the network"),
+    "a sum of its weight": (
+        lambda m, x: m.down(m.up(x)) * m.up.weight.sum(),
+        r"where .* the weight of up by it",
+    ),
+    "a sum of a weight": (
+        lambda m, x: m.down(m.up(x)) * m.down.weight.sum(),
+        r"where .* weight of down by it",
     ),
     "flattened tokens": (lambda m, x: m.down(m.up(x).flatten(1)), r"into flatten or view in .*mixes them"),
 }
