@@ -126,7 +126,7 @@ def trace(model: nn.Module, scope: str, layers: tuple[tuple[str, int], ...]) -> 
         flow = Flow()
         try:
             for is_training in (True, False):
-                root = _copied(model, scope).train(is_training)
+                root = _copied(model, scope, is_training)
                 _Follower(root, prefix, dict(layers), flow).follow(_graph(root, prefix, opened))
         except _ClosedError as closed:
             opened.add(closed.name)
@@ -331,10 +331,13 @@ def _graph(root: nn.Module, prefix: str, opened: Iterable[str]) -> Graph:
         return _Tracer(prefix, opened).trace(root, concrete_args=defaults or None)
 
 
-def _copied(model: nn.Module, scope: str) -> nn.Module:
+def _copied(model: nn.Module, scope: str, is_training: bool) -> nn.Module:
     """A copy of a module, whose forward pass may change what it likes; it has the weights of the model."""
     memo = {**memo_without_hooks(model), **{id(parameter): parameter for parameter in model.parameters()}}
-    return copy.deepcopy(model.get_submodule(scope), memo)
+    root = copy.deepcopy(model.get_submodule(scope), memo)
+    for module in root.modules():
+        module.training = is_training  # and not root.train(), which a user may have made freeze the weights
+    return root
 
 
 def _modules_above(name: str) -> list[str]:

@@ -41,7 +41,8 @@ class AnnotatedFamily(Adapter):
         """Describe a network.
 
         Raises:
-            UnsupportedError: for a marked layer whose outputs go where they cannot be followed.
+            UnsupportedError: for a marked layer whose outputs go where they cannot be followed, or a depth
+                inside another.
             ValueError: for marks with choices of one name that differ.
         """
         return _Annotated(model).anatomy()
@@ -74,7 +75,7 @@ def annotated_family(model: nn.Module) -> AnnotatedFamily:
     What is masked is the last dimension of the inputs of linear layers and layer norms, and nothing else.
     """
     is_linear = all(
-        mark.kind == "depth" or (not mark.through and isinstance(model.get_submodule(name), nn.Linear))
+        mark.kind == "depth" or (not mark.into and isinstance(model.get_submodule(name), nn.Linear))
         for name, mark in annotations_of(model).items()
     )
     has_batch_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
@@ -111,8 +112,12 @@ class _Annotated(Reader):
         self.flow = cache(partial(trace, model))
 
     def anatomy(self) -> Anatomy:
-        _choices(self.model)
+        _choices(self.model)  # refuses those that do not fit each other
         for name, mark in self.depths.items():
+            if inside := [other for other in self.depths if name.startswith(f"{other}.")]:
+                raise UnsupportedError(
+                    f"elastic: {name} is inside {inside[0]}, and both are marked with depth=. Mark only one."
+                )
             self.stage(name, mark.choice_of(name).name)
         reads: dict[str, Units] = {}
         joins: list[Join] = []

@@ -168,6 +168,13 @@ def test_a_space_of_the_users_own_may_ask_for_other_sizes_of_what_is_marked():
         Supernet(Transformer(), SearchSpace([Choice("mlp", (2, 13))]))
 
 
+def test_marked_layers_can_be_excluded():
+    model = ResidualMLP()
+    supernet = Supernet(model, exclude=("blocks.0.*", "blocks.depth"))
+    assert supernet.space.names == ("blocks.1.up.out", "blocks.2.up.out")
+    assert type(model.blocks[0].up) is nn.Linear
+
+
 def test_a_subnetwork_is_the_network_with_smaller_layers_written_by_hand():
     model = randomise(ResidualMLP(Depth("depth", (2, 3), keeps=((0, 2), (0, 1, 2))))).double().eval()
 
@@ -451,6 +458,13 @@ def test_one_name_means_one_choice():
     model = nn.Sequential(MLPBlock(out=Choice("mlp", (6, 12))), MLPBlock(out=Choice("mlp", (4, 12))))
     with pytest.raises(ValueError, match=r"'mlp' has the options \(6, 12\) at 0.up and \(4, 12\) at 1.up"):
         Supernet(model)
+
+
+def test_a_depth_inside_a_depth_is_refused():
+    inner = nas.elastic(nn.Sequential(MLPBlock(), MLPBlock()), depth=(1, 2))
+    outer = nas.elastic(nn.Sequential(MLPBlock(), inner), depth=(1, 2))
+    with pytest.raises(UnsupportedError, match=r"0\.1 is inside 0, and both are marked with depth="):
+        Supernet(nn.Sequential(outer))
 
 
 def test_a_block_in_two_places_is_refused():
