@@ -78,8 +78,8 @@ def _network(model: Any) -> dict[str, Any]:
     if not architecture:
         fault = f"timm has no {type(model).__name__} of the same layers, from which it could be rebuilt"
     raise UnsupportedError(
-        f"nas.save: {fault}. Make networks with timm.create_model(name, ...), which remembers how (timm 1.0.31 "
-        "and later)."
+        f"nas.save: {fault}. Make networks with timm.create_model(name, ...), which remembers how (timm "
+        "1.0.31 and later)."
     )
 
 
