@@ -44,7 +44,7 @@ class MLPEnsemble(Predictor):
         members: int = 5,
         width: int = 64,
         steps: int = 200,
-        lr: float = 1e-3,
+        lr: float = 3e-3,
         weight_decay: float = 0.01,
         frozen: int = 50,
         seed: int = 0,
