@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_nas.costs.cost import CountTable, Term, costs
-from lightning_nas.space import Value
+from lightning_nas.space import Architecture, Value
 from lightning_nas.supernet import Supernet
 
 __all__ = ["MACs"]
@@ -58,6 +58,8 @@ class MACs:
         supernet = self.supernet
         anatomy, largest = supernet.anatomy, supernet.space.largest
         total, works = _measured(supernet, largest, self.example_inputs)
+        for architecture in _with_other_blocks(supernet):
+            works = {**_measured(supernet, architecture, self.example_inputs)[1], **works}
         terms = [
             Term(anatomy.block_of(operation.module), works[operation.module, operation.per], operation.axes)
             for operation in anatomy.operations
@@ -76,6 +78,18 @@ class MACs:
     def many(self, architectures: Iterable[Mapping[str, Value]]) -> NDArray[np.int64]:
         """Multiply-accumulates of each of many architectures."""
         return self._table(architectures)
+
+
+def _with_other_blocks(supernet: Supernet) -> Iterator[Architecture]:
+    """Architectures with the blocks that some depth keeps and the largest one drops."""
+    space, seen = supernet.space, set(supernet.fit.kept(supernet.space.largest))
+    for stage in supernet.anatomy.stages:
+        for depth in space[stage.choice].values if stage.choice in space else ():
+            architecture = space.canonical({**space.largest, stage.choice: depth})
+            kept = set(supernet.fit.kept(architecture))
+            if not kept <= seen:
+                seen |= kept
+                yield architecture
 
 
 def _measured(
