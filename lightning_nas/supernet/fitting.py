@@ -201,7 +201,7 @@ def _faults_of_ratio(choice: Choice, anatomy: Anatomy, choices: Mapping[str, Cho
         decider = _decider(anatomy.groups[group.of], choices)
         sizes = (anatomy.whole[group.of],) if decider is None else choices[decider].values
         for ratio, size in ((choice.values[0], sizes[0]), (choice.values[-1], sizes[-1])):
-            if isinstance(size, str):
+            if isinstance(ratio, str) or isinstance(size, str):
                 return  # a fault of its own
             if not 1 <= (units := round(ratio * size)) <= group.units:
                 yield (
