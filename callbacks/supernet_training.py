@@ -251,15 +251,18 @@ class SupernetTraining(Callback):
         if not self.trains_students:
             return f"{name}: trains the largest network only, of {supernet.space.size:,} architectures."
         learns = type(self.student_loss).__name__.lower()
-        is_features = self._compares_features()
-        kind, hint = "logits", ""
-        if is_features:
-            kind = "features (normalised squared distance)"
-            hint = " Where a head of yours makes logits of them, name it to compare these: head='...'."
+        compared = ", compared by logits."
+        if not self.student_loss.needs_teacher:
+            compared = "."
+        elif self._compares_features():
+            compared = (
+                ", compared by features (normalised squared distance). Where a head of yours makes logits of "
+                "them, name it to compare these: head='...'."
+            )
         rate = f" at {self.lr_factor:g} times the scheduled learning rate" if self.lr_factor != 1 else ""
         return (
             f"{name}: {supernet.space.size:,} architectures. {self.phases}{rate}; "
-            f"order: {self.order or 'as stored'}; students learn from {learns}, compared by {kind}.{hint}"
+            f"order: {self.order or 'as stored'}; students learn from {learns}{compared}"
         )
 
     @override
@@ -573,6 +576,9 @@ class SupernetTraining(Callback):
                 )
             return
         supernet, call = self._require(), calls[0]
+        if not supernet.fit.is_whole(supernet.space.largest):
+            rank_zero_info(f"{type(self).__name__}: the largest network of the space is a part of yours.")
+            return
         with ExitStack() as stack:
             state = stack.enter_context(same_random_state(pl_module.device))
             stack.enter_context(undisturbed(pl_module))

@@ -85,6 +85,11 @@ class Fit:
             blocks += [first + i for i in self.kept_of(stage, architecture)]
         return tuple(blocks)
 
+    def is_whole(self, architecture: Mapping[str, Value]) -> bool:
+        """Whether an architecture leaves nothing of the network out."""
+        blocks = sum(len(stage.blocks) for stage in self.stages)
+        return self.sizes(architecture) == self.whole and len(self.kept(architecture)) == blocks
+
     def kept_of(self, stage: Stage, architecture: Mapping[str, Value]) -> tuple[int, ...]:
         """Indices, within a stage, of its blocks that run."""
         if stage.choice not in self.space:
