@@ -173,6 +173,7 @@ class SupernetTraining(Callback):
             None  # frozen parameters that training_step moves; None: unknown
         )
         self._frozen: list[tuple[nn.Parameter, Tensor]] = []
+        self._students_own: set[nn.Parameter] = set()  # on several processes: what only students use
 
     @property
     def trained(self) -> Counter[str]:
@@ -228,7 +229,7 @@ class SupernetTraining(Callback):
             self._inputs = Capture(entry, read, must_read=False)
             self._undo.callback(self._inputs.remove)
         self._calls, self._is_checked, self._validation_is_due = [], False, False
-        self._moving, self._frozen = None, []
+        self._moving, self._frozen, self._students_own = None, [], set()
         if (teacher := getattr(self.student_loss, "strong_teacher", None)) is not None:
             refuse_other_classes(supernet.model, teacher, type(self).__name__)
             teacher.to(pl_module.device, next(supernet.model.parameters()).dtype).eval()
@@ -393,6 +394,9 @@ class SupernetTraining(Callback):
             if weight != 1.0:
                 loss.register_hook(lambda gradient: gradient * weight)
             self._ask_strong_teacher(trainer, pl_module)
+        for parameter in self._students_own:  # DDP takes it for used once a student has used it
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         self._calls = [call.cut() for call in self._calls]
         if bool(getattr(self.student_loss, "taps", ())) and self._calls and not self._calls[0].taps:
             raise UnsupportedError(
@@ -459,6 +463,7 @@ class SupernetTraining(Callback):
         if not members:
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
+        unused = [p for p in pl_module.parameters() if p.requires_grad and p.grad is None]
         for architecture in members:
             with self._as_student(trainer, pl_module, architecture):
                 loss = self._student_loss(trainer, pl_module)
@@ -467,8 +472,13 @@ class SupernetTraining(Callback):
                 scaled = loss / trainer.accumulate_grad_batches
                 (scaled if scaler is None else scaler.scale(scaled)).backward()
             self.watch.student(supernet.space, architecture, loss.detach())
-        if trainer.world_size > 1 and not accumulates(trainer):
-            self._agree_on_gradients(trainer, pl_module)
+        if trainer.world_size > 1:
+            self._students_own.update(parameter for parameter in unused if parameter.grad is not None)
+            if not accumulates(trainer):
+                self._agree_on_gradients(trainer, pl_module)
+                for parameter in self._students_own:  # as in one process, what nobody used has no gradient
+                    if parameter.grad is not None and not parameter.grad.any():
+                        parameter.grad = None
 
     @contextmanager
     def _as_student(
