@@ -88,6 +88,7 @@ class RelationDistillation(pl.LightningModule):
         self.heads: int = frozen.config.num_attention_heads if heads is None else heads
         self.layer, self.kind, self.projections = layer, kind, tuple(projections)
         self.lr, self.weight_decay, self.warmup, self.schedule = lr, weight_decay, warmup, schedule
+        self._last: tuple[dict[str, Tensor], list[Tensor]] | None = None
         self._inputs = frozenset(inspect.signature(self.model.forward).parameters)
         for role, network in (("model", self.model), ("teacher", frozen)):
             self._check(role, network)
@@ -108,11 +109,7 @@ class RelationDistillation(pl.LightningModule):
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
         with self._watched(self.model) as student:
             self.model(**inputs)
-        if next(self.teacher.parameters()).device != self.device:
-            self.teacher.to(self.device)
-        with self._watched(self.teacher) as taught, torch.no_grad():
-            self.teacher(**inputs)
-        own, theirs = [outputs[-1] for outputs in student], [outputs[self.layer] for outputs in taught]
+        own, theirs = [outputs[-1] for outputs in student], self._taught(inputs)
         return qkv_relation_loss(own, theirs, self.heads, self.kind, mask), mask
 
     @override
@@ -136,6 +133,17 @@ class RelationDistillation(pl.LightningModule):
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
         return scheduled(self, torch.optim.AdamW(groups, lr=self.lr), self.schedule, self.warmup)
+
+    def _taught(self, inputs: dict[str, Tensor]) -> list[Tensor]:
+        """The teacher's queries, keys and values; kept for one batch, which all members of a step share."""
+        if self._last is None or not _equal(self._last[0], inputs):
+            if next(self.teacher.parameters()).device != self.device:
+                self.teacher.to(self.device)
+            with self._watched(self.teacher) as taught, torch.no_grad():
+                self.teacher(**inputs)
+            kept = {name: tensor.clone() for name, tensor in inputs.items()}
+            self._last = kept, [outputs[self.layer] for outputs in taught]
+        return self._last[1]
 
     @contextmanager
     def _watched(self, network: nn.Module) -> Iterator[tuple[list[Tensor], ...]]:
@@ -164,6 +172,12 @@ class RelationDistillation(pl.LightningModule):
                 f"RelationDistillation: layer={self.layer}, but the teacher has {blocks[0]} blocks; give an "
                 f"index from {-blocks[0]} to {blocks[0] - 1}."
             )
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(
+        one[name].device == other[name].device and torch.equal(one[name], other[name]) for name in one
+    )
 
 
 def _base(model: str | Path | nn.Module) -> Any:  # a PreTrainedModel, whose class only transformers knows

@@ -129,8 +129,11 @@ def test_as_a_task_it_is_the_loss_of_the_largest_the_smallest_and_the_random_mem
     callback = SupernetTraining(
         space=space, sampler=nas.Sandwich(random=2), students_learn_from="task", order=None, warmup=0, seed=3
     )
+    asked = []
+    module.teacher.register_forward_hook(lambda *args: asked.append(1))
     trainer = pl.Trainer(max_steps=1, callbacks=[callback, gradients], enable_checkpointing=False, **QUIET)
     trainer.fit(module, DataLoader(rows(texts()), 12))
+    assert len(asked) == 1
     supernet = nas.Supernet(reference.model, space)
     members = [space.largest, *nas.Sandwich(random=2).students(space, 3, 0, 0.0)]
     assert len(members) == 4
