@@ -44,6 +44,13 @@ class Call:
         mask = given.get("attention_mask", given.get("kwargs", {}).get("attention_mask"))
         return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
+    def counted(self, network: nn.Module, output: Tensor) -> Tensor:
+        """Of an output token by token those that are no padding, ``(tokens, ...)``; any other one whole."""
+        mask = self.mask(network)
+        if mask is None or output.ndim < 3 or output.shape[:2] != mask.shape:
+            return output
+        return output[mask]
+
 
 class Capture:
     """Records the calls of one module while it is switched on.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_nas.errors import NoMatchError, UnsupportedError
 from lightning_nas.supernet import supported_networks, supports
+from lightning_nas.supernet.annotation import is_annotated
 
 __all__ = ["copies_of", "find_network", "named_tensors"]
 
@@ -34,6 +35,8 @@ def find_network(
         raise NoMatchError(f"{where}: no sub-module {name!r}. Nearest names: {', '.join(near) or 'none'}.")
     supported: list[nn.Module] = []
     for child in module.modules():
+        if child is module and is_annotated(module):
+            continue  # what holds the marked layers is a network of its own inside
         inside_another = any(child is not other and child in set(other.modules()) for other in supported)
         if supports(child) and not inside_another:
             supported.append(child)
@@ -51,7 +54,8 @@ def find_network(
     )
     raise NoMatchError(
         f"{where}: no supported network in {type(module).__name__}; its children are: {children}. "
-        f"Supported: {', '.join(supported_networks())}."
+        f"Supported: {', '.join(supported_networks())}, and networks inside it with layers marked by "
+        "nas.elastic."
     )
 
 

@@ -22,7 +22,7 @@ __all__ = ["OutputTeaching", "join", "outputs_of", "refuse_other_classes", "retu
 
 def join(
     trainer: Trainer,
-    pl_module: LightningModule,
+    network: nn.Module,
     calls: Sequence[Call],
     targets: Sequence[Tensor],
     loss: Callable[[Tensor, Tensor], Tensor],
@@ -33,8 +33,8 @@ def join(
 
     Args:
         trainer: scales the loss as it does the user's: accumulation, gradient scaler.
-        pl_module: the user's module.
-        calls: of the network in this ``training_step``; their losses are averaged.
+        network: tells which input is its mask of padding, which is left out of a loss token by token.
+        calls: of it in this ``training_step``; their losses are averaged.
         targets: one a call.
         loss: of an output of the network and its target.
 
@@ -43,7 +43,11 @@ def join(
     """
     outputs = [call.output.detach().requires_grad_() for call in calls]
     with trainer.precision_plugin.train_step_context(), torch.enable_grad():
-        total = torch.stack([loss(o, target) for o, target in zip(outputs, targets, strict=True)]).mean()
+        losses = [
+            loss(call.counted(network, output), call.counted(network, target))
+            for call, output, target in zip(calls, outputs, targets, strict=True)
+        ]
+        total = torch.stack(losses).mean()
     scaler, scaled = (
         getattr(trainer.precision_plugin, "scaler", None),
         total / trainer.accumulate_grad_batches,

@@ -205,12 +205,13 @@ class SelfDistillation(OutputTeaching):
         if not teachers or not weight or step < self.phases.warmup_steps:
             return
         said = [outputs_of(t, trainer, pl_module, calls, self.read, "SelfDistillation") for t in teachers]
-        if returns_features(self._find(pl_module)):
+        network = self._find(pl_module)
+        if returns_features(network):
             targets = [torch.stack(outputs).mean(0) for outputs in zip(*said, strict=True)]
-            extra = join(trainer, pl_module, calls, targets, lambda o, t: weight * normalized_mse(o, t))
+            extra = join(trainer, network, calls, targets, lambda o, t: weight * normalized_mse(o, t))
         else:
             targets = [vote(outputs, temperature, self.vote) for outputs in zip(*said, strict=True)]
-            extra = join(trainer, pl_module, calls, targets, lambda o, t: weight * soft_kl(o, t, temperature))
+            extra = join(trainer, network, calls, targets, lambda o, t: weight * soft_kl(o, t, temperature))
         if not trainer.barebones:
             pl_module.log("self_distillation_loss", extra)
 

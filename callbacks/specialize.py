@@ -191,7 +191,7 @@ class _Taught(OutputTeaching):
             taught = self.rule(output, target, task=None, strong=None, features=features)
             return (1 - self.weight) * taught
 
-        join(trainer, pl_module, calls, targets, distance)
+        join(trainer, self.network, calls, targets, distance)
 
 
 class _TaughtAtHead(_Taught):

@@ -513,11 +513,12 @@ class SupernetTraining(Callback):
                     f"the largest network but {len(calls)} times for a student on the same batch; "
                     "students_learn_from='teacher' does not call training_step again."
                 )
-            features = self._compares_features()
-            losses = []
+            network, features, losses = self._require().model, self._compares_features(), []
             for own, call, strong in zip(calls, self._calls, self._strong, strict=True):
+                student, teacher = (call.counted(network, output) for output in (own.output, call.output))
+                strong = strong if strong is None else call.counted(network, strong)
                 given = {"task": task, "strong": strong, "features": features, **self._inside(own, call)}
-                losses.append(rule(own.output, call.output, **given))
+                losses.append(rule(student, teacher, **given))
             return torch.stack(losses).mean()
 
     def _run_task(self, pl_module: LightningModule) -> tuple[Tensor | None, list[Call]]:
@@ -560,7 +561,7 @@ class SupernetTraining(Callback):
         strong = outputs_of(teacher, trainer, pl_module, self._calls, read, where)
         self._strong = [*strong]
         if (extra := getattr(self.student_loss, "largest_extra", None)) is not None:
-            join(trainer, pl_module, self._calls, strong, extra)
+            join(trainer, self._require().model, self._calls, strong, extra)
 
     def _agree_on_gradients(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The mean over processes: DDP's own reduction came before the students'."""

@@ -15,7 +15,7 @@ from lightning_nas.sampling import Largest, MultiArchitectural, Progressive, Ran
 from lightning_nas.saving import load, save
 from lightning_nas.space import Architecture, Choice, Depth, SearchSpace
 from lightning_nas.study import search
-from lightning_nas.supernet import Supernet
+from lightning_nas.supernet import Supernet, elastic
 
 __all__ = [
     "Architecture",
@@ -44,6 +44,7 @@ __all__ = [
     "Teacher",
     "UnsupportedError",
     "costs",
+    "elastic",
     "load",
     "save",
     "search",

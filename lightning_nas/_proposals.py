@@ -11,8 +11,8 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_nas._problem import Problem
 from lightning_nas._record import Proposal, Record, quiet_optuna
+from lightning_nas.problem import Problem
 from lightning_nas.results import keeps, losses, non_dominated
 from lightning_nas.space import Architecture
 from lightning_nas.strategies import Strategy
@@ -82,7 +82,7 @@ class Proposals:
 
     def _ask(self, instead: Architecture | None) -> Proposal:
         """What the strategy's sampler proposes, or a given architecture in its place."""
-        self._study.sampler = self.strategy.sampler(self.problem.space, self.budget, self.seed, self._number)
+        self._study.sampler = self.strategy.sampler(self.problem, self.budget, self.seed, self._number)
         asked = self._study.tell(self._study.ask(self.problem.distributions), state=TrialState.FAIL)
         self._number += 1
         architecture = self.problem.space.canonical(asked.params) if instead is None else instead

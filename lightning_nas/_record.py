@@ -18,9 +18,9 @@ from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_nas._problem import Problem
 from lightning_nas.errors import NASError, StudyMismatchError
 from lightning_nas.objectives import Limit
+from lightning_nas.problem import Problem
 from lightning_nas.registry import nearest
 from lightning_nas.results import Candidate, Failure
 from lightning_nas.space import Architecture

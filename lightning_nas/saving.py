@@ -1,8 +1,7 @@
 """A network as a folder: safetensors for its weights, JSON for its shape, never a pickle.
 
-What a kind of network needs to be described and rebuilt stands in a file of its own
-(``supernet/families/_<library>_<family>_saving.py``, or ``_<library>_saving.py`` for all networks of a
-library), found by name and imported when first needed.
+What the networks of a library need to be described and rebuilt stands in a file of its own
+(``supernet/families/_<library>_saving.py``), found by name and imported when first needed.
 """
 
 from __future__ import annotations

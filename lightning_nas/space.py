@@ -414,12 +414,36 @@ class SearchSpace:
                 result[:, j] = list(map(position.__getitem__, columns[j])) if rows else []
             except KeyError:
                 list(map(self._checked, architectures))  # names the fault
+        return self._without_inactive(result)
+
+    def at(self, positions: NDArray[np.int64]) -> list[Architecture]:
+        """The canonical architectures at positions of values within their choices: undoes :meth:`indices`.
+
+        Args:
+            positions: ``(n, choices)``; -1 stands for the largest value.
+        """
+        rows = self.canonical_positions(positions).tolist()
+        values = [choice.values for choice in self.choices]
+        names = self.names
+        return [
+            Architecture({name: own[i] for name, own, i in zip(names, values, row, strict=True)})
+            for row in rows
+        ]
+
+    def canonical_positions(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The same networks with every inactive choice at its largest value, ``(n, choices)``."""
+        counts = np.array([len(choice.values) for choice in self.choices])
+        index = self._without_inactive(positions.copy())
+        return np.where(index < 0, counts - 1, index)
+
+    def _without_inactive(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Positions in which inactive choices become -1, in place."""
         column = {name: j for j, name in enumerate(self._by_name)}
         for choice in self._parents_first:
             for parent, allowed in choice.conditions:
                 kept = [self._by_name[parent].values.index(value) for value in allowed]
-                result[~np.isin(result[:, column[parent]], kept), column[choice.name]] = -1
-        return result
+                index[~np.isin(index[:, column[parent]], kept), column[choice.name]] = -1
+        return index
 
     def encode(
         self, architectures: Iterable[Mapping[str, Value]], kind: Literal["one-hot", "ordinal"] = "one-hot"
@@ -437,7 +461,17 @@ class SearchSpace:
         Raises:
             ValueError: if an architecture is not one of this space, or for an unknown kind.
         """
-        index = self.indices(architectures)
+        return self.encode_positions(self.indices(architectures), kind)
+
+    def encode_positions(
+        self, positions: NDArray[np.int64], kind: Literal["one-hot", "ordinal"] = "one-hot"
+    ) -> NDArray[np.float64]:
+        """As :meth:`encode`, of positions as :meth:`indices` gives them.
+
+        Raises:
+            ValueError: for an unknown kind.
+        """
+        index = self._without_inactive(positions.copy())
         if kind == "ordinal":
             return (index + 1).astype(np.float64)
         if kind != "one-hot":

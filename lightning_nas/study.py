@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from optuna.storages import BaseStorage
 from tqdm.auto import tqdm
 
-from lightning_nas._problem import Problem
 from lightning_nas._proposals import Proposals
 from lightning_nas._record import Record
 from lightning_nas.objectives import Bound, Objective
+from lightning_nas.problem import Problem
 from lightning_nas.results import Candidate, SearchResult, hypervolume, keeps, losses, non_dominated
 from lightning_nas.space import Architecture, SearchSpace, Value
 from lightning_nas.strategies import Strategy, strategies

@@ -39,6 +39,7 @@ from transformers import (
 
 from lightning_nas.errors import SavedFolderError, UnsupportedError
 from lightning_nas.saving import load, save
+from tests.saved_folders import MISSING, description_of, forbid_code, rewrite_network
 
 HEAD, WIDTH, VOCABULARY = 8, 32, 50
 SIZES = {"hidden_size": WIDTH, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
@@ -453,7 +454,7 @@ except ImportError:
 
 
 def rebuild_of(folder):
-    return json.loads((folder / "network.json").read_text())["rebuild"]
+    return description_of(folder)["rebuild"]
 
 
 @pytest.mark.slow
@@ -708,44 +709,30 @@ def test_a_users_subclass_is_refused_because_it_may_compute_anything(tmp_path):
 # --- damaged folders
 
 
-MISSING = object()
-
-
-def rewrite(folder, **changes):
-    file = folder / "network.json"
-    description = json.loads(file.read_text())
-    network = {k: v for k, v in {**description["network"], **changes}.items() if v is not MISSING}
-    file.write_text(json.dumps({**description, "network": network}))
-
-
-def flip_a_byte(folder):
-    data = bytearray((folder / "model.safetensors").read_bytes())
-    data[-1] ^= 1
-    (folder / "model.safetensors").write_bytes(data)
-
-
 UNTOUCHED = {"shapes": {}, "dtypes": {}, "attributes": {}, "absent": []}
 DAMAGES = {
     "a class of another package": (
-        lambda f: rewrite(f, **{"class": "subprocess.Popen"}),
+        lambda f: rewrite_network(f, **{"class": "subprocess.Popen"}),
         "'subprocess.Popen' is not a network that transformers exports",
     ),
     "an unknown class": (
-        lambda f: rewrite(f, **{"class": "transformers.Nothing"}),
+        lambda f: rewrite_network(f, **{"class": "transformers.Nothing"}),
         "transformers.Nothing' is not",
     ),
     "no network class": (
-        lambda f: rewrite(f, **{"class": "transformers.pipeline"}),
+        lambda f: rewrite_network(f, **{"class": "transformers.pipeline"}),
         "transformers.pipeline' is not",
     ),
-    "no config": (lambda f: rewrite(f, config=MISSING), "cannot be built .KeyError: 'config'"),
-    "no list of differences": (lambda f: rewrite(f, subnetwork=MISSING), "KeyError: 'subnetwork'"),
+    "no config": (lambda f: rewrite_network(f, config=MISSING), "cannot be built .KeyError: 'config'"),
+    "no list of differences": (lambda f: rewrite_network(f, subnetwork=MISSING), "KeyError: 'subnetwork'"),
     "half of that list": (
-        lambda f: rewrite(f, subnetwork={"shapes": {}}),
+        lambda f: rewrite_network(f, subnetwork={"shapes": {}}),
         "missing .* 'dtypes', 'attributes', and 'absent'",
     ),
-    "a list of nothing": (lambda f: rewrite(f, subnetwork=UNTOUCHED), r"is \(8, 32\), expected \(32, 32\)"),
-    "altered weights": (flip_a_byte, "SHA-256"),
+    "a list of nothing": (
+        lambda f: rewrite_network(f, subnetwork=UNTOUCHED),
+        r"is \(8, 32\), expected \(32, 32\)",
+    ),
 }
 
 
@@ -762,13 +749,7 @@ def test_a_damaged_folder_says_what_is_wrong(tmp_path, name):
 def test_loading_runs_no_code_of_the_folder_and_unpickles_nothing(tmp_path, monkeypatch):
     model = cut(bert(), (1, 7), (4, 48))
     folder = save(model, tmp_path)
-    (folder / "modeling_subnetwork.py").write_text("raise SystemExit('code of the folder ran')")
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("something was unpickled")
-
-    monkeypatch.setattr("pickle.Unpickler", refuse)
-    monkeypatch.setattr("torch.load", refuse)
+    forbid_code(folder, monkeypatch)
     assert type(load(folder)) is type(model)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -57,15 +57,19 @@ class MACs:
     def __post_init__(self) -> None:
         supernet = self.supernet
         anatomy, largest = supernet.anatomy, supernet.space.largest
-        total, works = _measured(supernet, largest, self.example_inputs)
-        for architecture in _with_other_blocks(supernet):
-            works = {**_measured(supernet, architecture, self.example_inputs)[1], **works}
+        counts = {a: _measured(supernet, a, self.example_inputs) for a in _that_run_all_blocks(supernet)}
+        works = {key: work for count in reversed(counts.values()) for key, work in count.works.items()}
         terms = [
             Term(anatomy.block_of(operation.module), works[operation.module, operation.per], operation.axes)
             for operation in anatomy.operations
             if (operation.module, operation.per) in works  # a block that no depth keeps has no work
         ]
-        rest = total - int(CountTable(supernet.fit, terms)([largest])[0])
+        for architecture, count in counts.items():
+            for block, spent in count.inside.items():  # what no choice changes in a block goes with the block
+                own = [term for term in terms if term.block == block]
+                if fixed := spent - int(CountTable(supernet.fit, own)([architecture])[0]):
+                    terms.append(Term(block, fixed, ()))
+        rest = counts[largest].total - int(CountTable(supernet.fit, terms)([largest])[0])
         object.__setattr__(self, "_table", CountTable(supernet.fit, terms, rest))
 
     def __repr__(self) -> str:
@@ -80,9 +84,10 @@ class MACs:
         return self._table(architectures)
 
 
-def _with_other_blocks(supernet: Supernet) -> Iterator[Architecture]:
-    """Architectures with the blocks that some depth keeps and the largest one drops."""
+def _that_run_all_blocks(supernet: Supernet) -> Iterator[Architecture]:
+    """The largest architecture, and others with the blocks that only smaller depths keep."""
     space, seen = supernet.space, set(supernet.fit.kept(supernet.space.largest))
+    yield space.largest
     for stage in supernet.anatomy.stages:
         for depth in space[stage.choice].values if stage.choice in space else ():
             architecture = space.canonical({**space.largest, stage.choice: depth})
@@ -92,10 +97,16 @@ def _with_other_blocks(supernet: Supernet) -> Iterator[Architecture]:
                 yield architecture
 
 
-def _measured(
-    supernet: Supernet, architecture: Mapping[str, Value], example: Any
-) -> tuple[int, dict[tuple[str, str], int]]:
-    """Multiply-accumulates of one network, and at how many positions or pairs each operation works."""
+class _Counts(NamedTuple):
+    """Multiply-accumulates of a network and of each block, and how often each operation works."""
+
+    total: int
+    inside: dict[int, int]
+    works: dict[tuple[str, str], int]
+
+
+def _measured(supernet: Supernet, architecture: Mapping[str, Value], example: Any) -> _Counts:
+    """Counts of one network, on the meta device where that is enough."""
     try:
         return _counted(supernet, architecture, supernet.skeleton(architecture), example)
     except RuntimeError:  # tensors on the meta device have no values; what else is wrong is wrong again
@@ -104,7 +115,7 @@ def _measured(
 
 def _counted(
     supernet: Supernet, architecture: Mapping[str, Value], network: nn.Module, example: Any
-) -> tuple[int, dict[tuple[str, str], int]]:
+) -> _Counts:
     network.eval().requires_grad_(False)
     supernet.family.unfuse(network)
     works: Counter[tuple[str, str]] = Counter()
@@ -113,6 +124,12 @@ def _counted(
         if (there := names(name)) is not None:
             network.get_submodule(there).register_forward_hook(_count(works, (name, per)), with_kwargs=True)
     counter = FlopCounterMode(display=False)
+    spent: Counter[int] = Counter()
+    for i, name in enumerate(supernet.anatomy.blocks):
+        if (there := names(name)) is not None:
+            block = network.get_submodule(there)
+            block.register_forward_pre_hook(partial(_add_total, counter, spent, i, -1))
+            block.register_forward_hook(partial(_add_total, counter, spent, i, 1))
     with torch.no_grad(), torch.random.fork_rng([]), ExitStack() as stack:
         device = next(network.parameters()).device
         fake = None
@@ -123,7 +140,13 @@ def _counted(
         stack.enter_context(counter)
         inputs = tree_map(partial(_placed, device, fake), example)
         _call(network, inputs)
-    return counter.get_total_flops() // 2, dict(works)
+    inside = {block: flops // 2 for block, flops in spent.items()}
+    return _Counts(counter.get_total_flops() // 2, inside, dict(works))
+
+
+def _add_total(counter: FlopCounterMode, spent: Counter[int], block: int, sign: int, *_: Any) -> None:
+    """A hook that adds what was counted so far, with a sign: minus before a block, plus behind it."""
+    spent[block] += sign * counter.get_total_flops()
 
 
 def _placed(device: torch.device, fake: FakeTensorMode | None, value: Any) -> Any:

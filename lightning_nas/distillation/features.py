@@ -150,7 +150,9 @@ def hidden_state_loss(
     return each.mean() if mask is None else _mean(each, mask.bool())
 
 
-def noise_to_signal(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tensor:
+def noise_to_signal(
+    student: Tensor, teacher: Tensor, eps: float = 1e-6, mask: Tensor | None = None
+) -> Tensor:
     """Squared error of a feature map in units of the teacher's variance, so that all channels count alike.
 
     ``mean over examples and channels of ( mean (s - t)^2 / var(t) )``, mean and variance over the places.
@@ -159,12 +161,13 @@ def noise_to_signal(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tens
         student: ``(batch, channels, *places)``, or tokens ``(batch, places, channels)``.
         teacher: of the same shape; no gradient flows into it.
         eps: the least variance that is divided by, for channels that are constant.
+        mask: of tokens, true where one counts, ``(batch, places)``; None: everywhere.
 
     Returns:
         A scalar, 1 for a student that says each channel's mean everywhere.
 
     Raises:
-        ValueError: if the shapes differ or have fewer than three dimensions.
+        ValueError: if the shapes differ or have fewer than three dimensions, or the mask does not fit.
 
     Reference: Wang et al., SpaceEvo, ICCV 2023. Their code divides by the student's variance, which a student
     can raise to please the loss; the teacher's is fixed.
@@ -174,9 +177,18 @@ def noise_to_signal(student: Tensor, teacher: Tensor, eps: float = 1e-6) -> Tens
             "noise_to_signal: two maps (batch, channels, *places) or (batch, places, channels) of the same "
             f"shape are needed, got {tuple(student.shape)} and {tuple(teacher.shape)}."
         )
+    if mask is not None:
+        _check_tokens("noise_to_signal", student, teacher, mask)
     places = (1,) if student.ndim == 3 else tuple(range(2, student.ndim))
+
+    def mean(x: Tensor) -> Tensor:
+        if mask is None:
+            return x.mean(places, keepdim=True)
+        valid = mask.bool().unsqueeze(-1)
+        return torch.where(valid, x, 0.0).sum(1, keepdim=True) / valid.sum(1, keepdim=True).clamp(min=1)
+
     s, t = _full(student), _full(teacher.detach())
-    noise, signal = (s - t).square().mean(places), t.var(places, correction=0)
+    noise, signal = mean((s - t).square()), mean((t - mean(t)).square())
     return (noise / signal.clamp(min=eps)).mean()
 
 

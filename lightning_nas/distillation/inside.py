@@ -119,7 +119,7 @@ class HiddenStates(_Inside):
         layers: shell pattern over names of the network's modules; the outermost that match. Their outputs are
             tensors, or tuples that begin with one, ``(batch, tokens, width)``.
         kind: ``"mse"`` or ``"cosine"`` (see ``hidden_state_loss``), or ``"nsr"``, the mean square in units of
-            the teacher's variance (see ``noise_to_signal``), for feature maps too; it counts padding.
+            the teacher's variance (see ``noise_to_signal``), for feature maps too.
         weight: at least 0.
         then: the rule for the outputs.
 
@@ -144,13 +144,18 @@ class HiddenStates(_Inside):
     ) -> Tensor | None:
         """The mean over the layers that both have; None if there is none."""
         losses = [
-            noise_to_signal(student[name], teacher[name])
-            if self.kind == "nsr"
-            else hidden_state_loss(student[name], teacher[name], self.kind, mask)
+            self._between(student[name], teacher[name], mask)
             for name in tap_names(teacher, self.layers)
             if name in student
         ]
         return torch.stack(losses).mean() if losses else None
+
+    def _between(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is not None and mask.shape != teacher.shape[:2]:
+            mask = None  # it is of other tokens: of the text alone, where states of an image come behind it
+        if self.kind == "nsr":
+            return noise_to_signal(student, teacher, mask=mask)
+        return hidden_state_loss(student, teacher, self.kind, mask)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ class StudentLoss(Protocol):
         """The loss of one student, a scalar.
 
         Args:
-            student: the student's logits or features, ``(batch, ..., classes)``.
+            student: the student's logits or features, ``(batch, ..., classes)``; where the callback knows the
+                padding of outputs token by token, ``(tokens that count, classes)``.
             teacher: of the largest network for the same input, same shape, detached.
             task: the loss that the user's ``training_step`` gave the student; given if ``needs_task``.
             strong: output of the strong teacher for the same input, where there is one.

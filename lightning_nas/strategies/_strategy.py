@@ -11,7 +11,7 @@ from lightning_nas.registry import Registry
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
 
-    from lightning_nas.space import SearchSpace
+    from lightning_nas.problem import Problem
 
 __all__ = ["Strategy", "seeds", "strategies"]
 
@@ -22,7 +22,7 @@ class Strategy(Protocol):
     Register a class with ``@strategies.register("name")`` to have it found by name.
     """
 
-    def sampler(self, space: SearchSpace, budget: int, seed: int, proposal: int) -> BaseSampler:
+    def sampler(self, problem: Problem, budget: int, seed: int, proposal: int) -> BaseSampler:
         """The Optuna sampler that makes one proposal.
 
         It is called anew for every proposal, and what the sampler knows it must read from the Optuna study it
@@ -31,7 +31,7 @@ class Strategy(Protocol):
         were measured.
 
         Args:
-            space: the space that is searched.
+            problem: what is searched for: its space, objectives and costs.
             budget: evaluations of the whole search.
             seed: of the whole search.
             proposal: how many proposals were made before; :func:`seeds` mixes it with the seed.

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
+    from lightning_nas.problem import Problem
     from lightning_nas.space import Choice, SearchSpace, Value
 
 __all__ = ["CoarseToFine", "skeletons"]
@@ -60,8 +61,9 @@ class CoarseToFine:
                 f"CoarseToFine: mutation is a probability and must be in [0, 1], got {self.mutation}."
             )
 
-    def sampler(self, space: SearchSpace, budget: int, seed: int, proposal: int) -> BaseSampler:
+    def sampler(self, problem: Problem, budget: int, seed: int, proposal: int) -> BaseSampler:
         """See :class:`~lightning_nas.strategies.Strategy`."""
+        space = problem.space
         count = min(100, max(10, budget // 4)) if self.coarse is None else self.coarse
         wanted = skeletons(space, count, np.random.default_rng(seeds(seed, 0, 1)[0]))
         rate = max(0.1, 1 / len(space)) if self.mutation is None else self.mutation

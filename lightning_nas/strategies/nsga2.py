@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
-    from lightning_nas.space import SearchSpace
+    from lightning_nas.problem import Problem
 
 __all__ = ["NSGA2"]
 
@@ -59,11 +59,11 @@ class NSGA2:
             if probability is not None and not 0 <= probability <= 1:
                 raise ValueError(f"NSGA2: {name} is a probability and must be in [0, 1], got {probability}.")
 
-    def sampler(self, space: SearchSpace, budget: int, seed: int, proposal: int) -> BaseSampler:
+    def sampler(self, problem: Problem, budget: int, seed: int, proposal: int) -> BaseSampler:
         """See :class:`~lightning_nas.strategies.Strategy`."""
         operators, draws = seeds(seed, proposal, 2)
         return _NSGA2Sampler(
-            {c.name: CategoricalDistribution(c.values) for c in space if len(c.values) > 1},
+            {c.name: CategoricalDistribution(c.values) for c in problem.space if len(c.values) > 1},
             draws,
             population_size=min(50, max(10, budget // 20)) if self.population is None else self.population,
             crossover_prob=self.crossover,

@@ -10,7 +10,7 @@ from optuna.samplers import BaseSampler, RandomSampler
 from lightning_nas.strategies._strategy import seeds, strategies
 
 if TYPE_CHECKING:
-    from lightning_nas.space import SearchSpace
+    from lightning_nas.problem import Problem
 
 __all__ = ["Random"]
 
@@ -25,6 +25,6 @@ class Random:
         Random()
     """
 
-    def sampler(self, space: SearchSpace, budget: int, seed: int, proposal: int) -> BaseSampler:
+    def sampler(self, problem: Problem, budget: int, seed: int, proposal: int) -> BaseSampler:
         """See :class:`~lightning_nas.strategies.Strategy`."""
         return RandomSampler(seed=seeds(seed, proposal, 1)[0])

@@ -2,6 +2,7 @@
 
 from lightning_nas.supernet.adapter import Adapter, Preset, Reader
 from lightning_nas.supernet.anatomy import Anatomy, Family, Group, Operation, Part, Segment, Stage
+from lightning_nas.supernet.annotation import elastic
 from lightning_nas.supernet.families import families, family_of, supported_networks, supports
 from lightning_nas.supernet.initialisation import zero_residual_branches
 from lightning_nas.supernet.kernels import add_kernel_transforms
@@ -23,6 +24,7 @@ __all__ = [
     "Supernet",
     "add_kernel_transforms",
     "default_space",
+    "elastic",
     "families",
     "family_of",
     "permute_like",

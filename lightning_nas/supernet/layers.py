@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, ClassVar, TypeAlias
@@ -21,6 +22,7 @@ __all__ = [
     "make_plain",
     "make_sliced",
     "mask_of",
+    "memo_without_hooks",
     "state_of",
     "take",
     "tensor_of",
@@ -83,6 +85,21 @@ def take(parameter: Tensor, cut: Cut) -> Tensor:
             pieces = [parameter.narrow(dim, start, length) for start, length in kept]
             parameter = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
     return parameter
+
+
+_HOOKS = tuple(
+    name for name, value in vars(nn.Module()).items() if "_hooks" in name and isinstance(value, dict)
+)
+
+
+def memo_without_hooks(model: nn.Module) -> dict[int, Any]:
+    """A memo for :func:`copy.deepcopy` with which a copy of the model has no hooks."""
+    return {
+        id(module.__dict__[name]): OrderedDict()
+        for module in model.modules()
+        for name in _HOOKS
+        if name in module.__dict__
+    }
 
 
 class Elastic:

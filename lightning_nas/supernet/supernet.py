@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -28,6 +27,7 @@ from lightning_nas.supernet.layers import (
     make_plain,
     make_sliced,
     mask_of,
+    memo_without_hooks,
     state_of,
     take,
     tensor_of,
@@ -36,10 +36,6 @@ from lightning_nas.supernet.ordering import Permutation
 from lightning_nas.supernet.statistics import BUFFERS, Statistics, Values, fresh, stale, tracks_statistics
 
 __all__ = ["Supernet", "default_space"]
-
-_HOOKS = tuple(
-    name for name, value in vars(nn.Module()).items() if "_hooks" in name and isinstance(value, dict)
-)
 
 
 class Supernet:
@@ -192,7 +188,8 @@ class Supernet:
             architectures: the first one runs on the first ``batch / len(architectures)`` samples, and so on.
 
         Raises:
-            UnsupportedError: for a network with batch norm, whose statistics would mix.
+            UnsupportedError: for a network with batch norm, whose statistics would mix, or one that cannot be
+                masked.
             ValueError: if there is none, or one is not of the space; and, in the pass, for a batch that
                 cannot be split into equal parts.
 
@@ -223,12 +220,17 @@ class Supernet:
         """Say that a network cannot run as a :meth:`mixture`.
 
         Raises:
-            UnsupportedError: if it has batch norm.
+            UnsupportedError: if it has batch norm, or its family no masked execution.
         """
         if self._norms:
             raise UnsupportedError(
                 f"Supernet.mixture: {next(iter(self._norms))} is a batch norm, and its statistics would mix "
                 "subnetworks. Use another sampler, such as 'sandwich'."
+            )
+        if "mask" not in self.family.executions:
+            raise UnsupportedError(
+                f"Supernet.mixture: a {type(self.model).__name__} cannot be masked. Use another sampler, "
+                "such as 'sandwich'."
             )
 
     # --- taking networks out
@@ -256,11 +258,7 @@ class Supernet:
         sizes, kept = self.fit.sizes(canonical), self.fit.kept(canonical)
         dropped = {i for i in range(len(self.anatomy.blocks)) if i not in kept}
         # What deepcopy finds in the memo it takes as the copy: only slices are ever copied, and no hooks.
-        memo: dict[int, Any] = {}
-        for module in self.model.modules():
-            memo.update(
-                (id(module.__dict__[name]), OrderedDict()) for name in _HOOKS if name in module.__dict__
-            )
+        memo = memo_without_hooks(self.model)
         for i in dropped:
             memo[id(self.model.get_submodule(self.anatomy.blocks[i]))] = nn.Identity()
         parts = [part for part in self.anatomy.parts if self.anatomy.block_of(part.module) not in dropped]

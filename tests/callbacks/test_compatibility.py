@@ -22,9 +22,11 @@ from pytorch_lightning import callbacks as lightning
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.plugins import MixedPrecision
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+from timm.models.resnet import BasicBlock, ResNet
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_avg_fn
+from transformers import BertConfig, BertForSequenceClassification
 
 import lightning_nas as nas
 from tests import user_modules as users
@@ -256,8 +258,32 @@ class Scripted(users.PlainClassifier):
         self.log("score", [1.0, 2.0, 1.5, 1.7, 9.0][self.current_epoch])
 
 
-class SeesPrecision(users.PlainClassifier):
-    """Notes in what precision the network answers, in a place that is not put back after a student."""
+class TextClassifier(pl.LightningModule):
+    """A BERT that is called with keywords, and pads no further than the longest text of a batch."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = {"hidden_size": 16, "intermediate_size": 24, "max_position_embeddings": 16, "vocab_size": 12}
+        torch.manual_seed(0)
+        self.bert = BertForSequenceClassification(
+            BertConfig(num_hidden_layers=3, num_attention_heads=4, num_labels=users.CLASSES, **sizes)
+        )
+
+    def forward(self, batch):
+        return self.bert(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self(batch), batch["labels"])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_acc", (self(batch).argmax(-1) == batch["labels"]).float().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=1e-2)
+
+
+class SeesPrecision(pl.LightningModule):
+    """Notes in what precision a network answers, in a place that is not put back after a student."""
 
     def __init__(self):
         super().__init__()
@@ -268,6 +294,32 @@ class SeesPrecision(users.PlainClassifier):
         if self.training:
             self.seen[0].append(logits.dtype)
         return logits
+
+
+class ImagesSeenInPrecision(SeesPrecision, users.PlainClassifier):
+    pass
+
+
+class TextsSeenInPrecision(SeesPrecision, TextClassifier):
+    pass
+
+
+class TextsCompiled(TextClassifier):
+    def __init__(self):
+        super().__init__()
+        self.bert = torch.compile(self.bert, backend="eager", dynamic=True)
+
+
+class TextsCheckpointed(TextClassifier):
+    def __init__(self):
+        super().__init__()
+        self.bert.gradient_checkpointing_enable()
+
+
+class Convolutional(users.PlainClassifier):
+    def __init__(self):
+        torch.manual_seed(0)
+        super().__init__(ResNet(BasicBlock, (1,) * 4, users.CLASSES, in_chans=1, channels=(8,) * 4))
 
 
 class Compiled(users.PlainClassifier):
@@ -343,6 +395,25 @@ def optimized_by(kind, **settings):
             return kind(self.parameters(), **settings)
 
     return Module
+
+
+class Texts(torch.utils.data.Dataset):
+    """Texts by length, each padded to the longest of its batch of 8; the class shows in their tokens."""
+
+    def __init__(self, count):
+        generator = torch.Generator().manual_seed(0)
+        self.items = []
+        for i in range(count):
+            longest = 5 + i // 8 * 3 % 8
+            mask = (torch.arange(longest) < longest - i % 3).long()
+            ids = torch.randint(1, 4, (longest,), generator=generator) + 3 * (i % users.CLASSES)
+            self.items.append({"input_ids": ids * mask, "attention_mask": mask, "labels": i % users.CLASSES})
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -560,6 +631,10 @@ def recomputes_in_blocks(cell):
     assert cell.ours.supernet.model.grad_checkpointing
 
 
+def recomputes_in_layers(cell):
+    assert cell.ours.supernet.model.is_gradient_checkpointing
+
+
 def frozen_weights_stay(cell):
     assert not any(p.requires_grad for p in cell.module.net.blocks[0].parameters())
     plain = users.PlainClassifier().net.patch_embed.proj.weight
@@ -655,6 +730,18 @@ def scaler():
     return MixedPrecision("16-mixed", "cpu", growing)
 
 
+def texts(name, claim, settings=None, **more):
+    """A row of a text encoder."""
+    return Feature(
+        f"text encoder, batches of many lengths{name}",
+        claim,
+        settings or {},
+        data=Texts,
+        logits=lambda network, batch: network(**{k: v for k, v in batch.items() if k != "labels"}).logits,
+        **{"module": TextClassifier, **more},
+    )
+
+
 LOGGED = {"logger": Lines, "log_every_n_steps": 1}
 
 
@@ -687,7 +774,7 @@ FEATURES = [
         '`precision="bf16-mixed"`',
         every_pass_runs_in_bfloat16,
         {"precision": "bf16-mixed"},
-        module=SeesPrecision,
+        module=ImagesSeenInPrecision,
     ),
     Feature('`precision="16-mixed"` with a gradient scaler', scale_has_grown, {"plugins": scaler}),
     Feature(
@@ -784,6 +871,18 @@ FEATURES = [
     Feature("network compiled in place (`network.compile()`)", students_in(5), module=CompiledInPlace),
     Feature("`torch.compile`d module", students_in(5), run=whole_module_compiled, is_slow=True),
     Feature("gradient checkpointing", recomputes_in_blocks, module=Checkpointed),
+    texts(", padded and masked", students_in(5)),
+    texts(
+        ', `precision="bf16-mixed"`',
+        every_pass_runs_in_bfloat16,
+        {"precision": "bf16-mixed"},
+        module=TextsSeenInPrecision,
+    ),
+    texts(
+        ", gradient accumulation", students_in(5), {"accumulate_grad_batches": 3}, steps=4, ours={"warmup": 1}
+    ),
+    texts(", gradient checkpointing", recomputes_in_layers, module=TextsCheckpointed),
+    texts(", `torch.compile`d network", students_in(5), module=TextsCompiled, is_slow=True),
     Feature("frozen blocks", frozen_weights_stay, module=PartlyFrozen),
     Feature("network made in `configure_model`", students_in(5), module=users.ConfiguredLate),
     Feature(
@@ -891,6 +990,16 @@ FEATURES = [
         settings={"strategy": lambda: DDPStrategy(process_group_backend="gloo", static_graph=True)},
         refused=every_kind("students add passes to the graph"),
         message="static_graph=True is not supported.*leave static_graph out",
+    ),
+    Feature(
+        "`sync_batchnorm=True`, a network with batch norm",
+        settings={
+            "strategy": lambda: DDPStrategy(process_group_backend="gloo"),
+            "sync_batchnorm": True,
+        },
+        module=Convolutional,
+        refused=every_kind("it replaces the norms, and statistics come from all processes anyway"),
+        message="sync_batchnorm=True replaces the batch norms.*leave it out",
     ),
     Feature(
         "strategies that accumulate gradients themselves (DeepSpeed)",

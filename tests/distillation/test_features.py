@@ -147,6 +147,20 @@ def test_noise_to_signal_is_in_units_of_the_teachers_variance(shape):
     assert noise_to_signal(mean, teacher).item() == pytest.approx(1.0)
 
 
+def test_noise_to_signal_leaves_padding_out():
+    student, teacher = states(0, 2, 5, 3), 7 * states(1, 2, 5, 3) + 2
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 0, 1, 1, 1]])
+    each = [
+        noise_to_signal(s[m == 1][None], t[m == 1][None])
+        for s, t, m in zip(student, teacher, mask, strict=True)
+    ]
+    assert noise_to_signal(student, teacher, mask=mask).item() == pytest.approx(
+        sum(each).item() / 2, rel=1e-12
+    )
+    with pytest.raises(ValueError, match="noise_to_signal: mask must have shape"):
+        noise_to_signal(student, teacher, mask=mask[:, :4])
+
+
 def test_a_constant_channel_does_not_divide_by_nothing():
     student, teacher = states(0, 2, 3, 4, 4), states(1, 2, 3, 4, 4)
     teacher[:, 1] = 5.0

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lightning_nas.objectives import Maximize, Minimize
+from lightning_nas.problem import Problem
 from lightning_nas.space import Choice, SearchSpace
 from lightning_nas.strategies import NSGA2
 from lightning_nas.study import search
@@ -101,5 +102,6 @@ def test_settings_out_of_range_are_refused(settings, message):
 
 @pytest.mark.parametrize(("budget", "population"), [(8, 10), (100, 10), (400, 20), (5000, 50)])
 def test_population_is_a_twentieth_of_the_budget_within_10_and_50(budget, population):
-    assert NSGA2().sampler(SPACE, budget, 0, 0).population_size == population
-    assert NSGA2(population=7).sampler(SPACE, budget, 0, 0).population_size == 7
+    problem = Problem.checked(SPACE, [Maximize("accuracy")], None)
+    assert NSGA2().sampler(problem, budget, 0, 0).population_size == population
+    assert NSGA2(population=7).sampler(problem, budget, 0, 0).population_size == 7

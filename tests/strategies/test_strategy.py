@@ -44,7 +44,7 @@ def test_every_strategy_measures_a_small_space_completely_and_resumes_exactly(na
 def test_any_optuna_sampler_becomes_a_strategy_in_a_few_lines(tmp_path):
     @dataclass(frozen=True)
     class TPE:
-        def sampler(self, space, budget, seed, proposal):
+        def sampler(self, problem, budget, seed, proposal):
             return optuna.samplers.TPESampler(seed=seed + proposal, n_startup_trials=3)
 
     assert len(set(keys(TPE()))) == 8

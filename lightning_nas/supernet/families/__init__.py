@@ -1,7 +1,8 @@
 """The kinds of networks that can become supernets, found by the class of the model.
 
 Each family is one file, ``<library>_<family>.py``, that registers the classes of its networks. All files of a
-library are imported when the first network of that library comes, and none before.
+library are imported when the first network of that library comes, and none before. A network of no known
+class whose layers are marked with :func:`~lightning_nas.elastic` has the family of its marks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import nn
 from lightning_nas.errors import UnsupportedError
 from lightning_nas.registry import Registry, nearest
 from lightning_nas.supernet.anatomy import Family
+from lightning_nas.supernet.annotation import annotations_of, is_annotated
+from lightning_nas.supernet.families._annotated import annotated_family
 from lightning_nas.supernet.layers import Elastic
 
 __all__ = ["families", "family_of", "supported_networks", "supports"]
@@ -24,8 +27,8 @@ families: Registry[Family] = Registry("network")
 
 
 def supports(model: nn.Module) -> bool:
-    """Whether a model's class has a family; a layer inside may still be refused."""
-    return _registered_name(model) is not None
+    """Whether a model's class has a family, or layers in it are marked; a layer may still be refused."""
+    return _registered_name(model) is not None or is_annotated(model)
 
 
 def supported_networks() -> tuple[str, ...]:
@@ -37,18 +40,26 @@ def supported_networks() -> tuple[str, ...]:
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a model's class, or of the class of a model library that it extends.
+    """The family of a model's class, or of the class of a model library that it extends, or of its marks.
 
     Raises:
-        UnsupportedError: if there is none; names the nearest supported network.
+        UnsupportedError: if there is none, naming the nearest supported network; or if there are two, a class
+            that is known and marked layers.
     """
     name = _registered_name(model)
+    if is_annotated(model):
+        if name is None:
+            return annotated_family(model)
+        raise UnsupportedError(
+            f"Supernet: {next(iter(annotations_of(model)))} is marked with nas.elastic, but {name} has a "
+            "family of its own, which knows what is elastic in it. Choose with space=, and unmark its layers."
+        )
     if name is None:
         known = {full.rpartition(".")[2]: full for full in supported_networks()}
         raise UnsupportedError(
             f"Supernet: {_full_name(type(model))} is not a supported network. "
-            f"{nearest(type(model).__name__, known)} Give the network inside your module, or add a family "
-            "with lightning_nas.supernet.families.register."
+            f"{nearest(type(model).__name__, known)} Give the network inside your module, mark its layers "
+            "with nas.elastic, or add a family with lightning_nas.supernet.families.register."
         )
     return families[name]
 

@@ -30,6 +30,12 @@ class Problem:
     def checked(
         cls, space: SearchSpace, objectives: Sequence[Objective], constraints: Mapping[Any, Bound] | None
     ) -> Problem:
+        """The problem that these arguments of ``nas.search`` make.
+
+        Raises:
+            TypeError: for what is no objective or cost.
+            ValueError: for none, repeated or clashing names.
+        """
         objectives = tuple(objectives) if isinstance(objectives, Sequence) else (objectives,)
         if not objectives:
             raise ValueError(
@@ -71,9 +77,11 @@ class Problem:
 
     @cached_property
     def distributions(self) -> dict[str, BaseDistribution]:
+        """How Optuna sees the choices."""
         return {choice.name: CategoricalDistribution(choice.values) for choice in self.space}
 
     def costs_of(self, architecture: Architecture) -> dict[str, float]:
+        """All costs, of objectives and constraints, by name."""
         return {name: float(cost(architecture)) for name, cost in self.costs.items()}
 
     def costs_of_all(self, architectures: Sequence[Architecture]) -> list[dict[str, float]]:
