@@ -173,6 +173,7 @@ class SupernetTraining(Callback):
             None  # frozen parameters that training_step moves; None: unknown
         )
         self._frozen: list[tuple[nn.Parameter, Tensor]] = []
+        self._students_own: set[nn.Parameter] = set()  # on several processes: what only students use
 
     @property
     def trained(self) -> Counter[str]:
@@ -228,7 +229,7 @@ class SupernetTraining(Callback):
             self._inputs = Capture(entry, read, must_read=False)
             self._undo.callback(self._inputs.remove)
         self._calls, self._is_checked, self._validation_is_due = [], False, False
-        self._moving, self._frozen = None, []
+        self._moving, self._frozen, self._students_own = None, [], set()
         if (teacher := getattr(self.student_loss, "strong_teacher", None)) is not None:
             refuse_other_classes(supernet.model, teacher, type(self).__name__)
             teacher.to(pl_module.device, next(supernet.model.parameters()).dtype).eval()
@@ -251,15 +252,18 @@ class SupernetTraining(Callback):
         if not self.trains_students:
             return f"{name}: trains the largest network only, of {supernet.space.size:,} architectures."
         learns = type(self.student_loss).__name__.lower()
-        is_features = self._compares_features()
-        kind, hint = "logits", ""
-        if is_features:
-            kind = "features (normalised squared distance)"
-            hint = " Where a head of yours makes logits of them, name it to compare these: head='...'."
+        compared = ", compared by logits."
+        if not self.student_loss.needs_teacher:
+            compared = "."
+        elif self._compares_features():
+            compared = (
+                ", compared by features (normalised squared distance). Where a head of yours makes logits of "
+                "them, name it to compare these: head='...'."
+            )
         rate = f" at {self.lr_factor:g} times the scheduled learning rate" if self.lr_factor != 1 else ""
         return (
             f"{name}: {supernet.space.size:,} architectures. {self.phases}{rate}; "
-            f"order: {self.order or 'as stored'}; students learn from {learns}, compared by {kind}.{hint}"
+            f"order: {self.order or 'as stored'}; students learn from {learns}{compared}"
         )
 
     @override
@@ -390,6 +394,9 @@ class SupernetTraining(Callback):
             if weight != 1.0:
                 loss.register_hook(lambda gradient: gradient * weight)
             self._ask_strong_teacher(trainer, pl_module)
+        for parameter in self._students_own:  # DDP takes it for used once a student has used it
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         self._calls = [call.cut() for call in self._calls]
         if bool(getattr(self.student_loss, "taps", ())) and self._calls and not self._calls[0].taps:
             raise UnsupportedError(
@@ -456,6 +463,7 @@ class SupernetTraining(Callback):
         if not members:
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)
+        unused = [p for p in pl_module.parameters() if p.requires_grad and p.grad is None]
         for architecture in members:
             with self._as_student(trainer, pl_module, architecture):
                 loss = self._student_loss(trainer, pl_module)
@@ -464,8 +472,13 @@ class SupernetTraining(Callback):
                 scaled = loss / trainer.accumulate_grad_batches
                 (scaled if scaler is None else scaler.scale(scaled)).backward()
             self.watch.student(supernet.space, architecture, loss.detach())
-        if trainer.world_size > 1 and not accumulates(trainer):
-            self._agree_on_gradients(trainer, pl_module)
+        if trainer.world_size > 1:
+            self._students_own.update(parameter for parameter in unused if parameter.grad is not None)
+            if not accumulates(trainer):
+                self._agree_on_gradients(trainer, pl_module)
+                for parameter in self._students_own:  # as in one process, what nobody used has no gradient
+                    if parameter.grad is not None and not parameter.grad.any():
+                        parameter.grad = None
 
     @contextmanager
     def _as_student(
@@ -574,6 +587,9 @@ class SupernetTraining(Callback):
                 )
             return
         supernet, call = self._require(), calls[0]
+        if not supernet.fit.is_whole(supernet.space.largest):
+            rank_zero_info(f"{type(self).__name__}: the largest network of the space is a part of yours.")
+            return
         with ExitStack() as stack:
             state = stack.enter_context(same_random_state(pl_module.device))
             stack.enter_context(undisturbed(pl_module))

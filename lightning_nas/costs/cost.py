@@ -90,6 +90,7 @@ class CountTable:
         sums: dict[tuple[int | None, tuple[int, ...]], Any] = {(None, ()): rest}
         for term in terms:
             groups = {segment.group for axis in term.axes for segment in axis if segment.group is not None}
+            groups |= {fit.of[group] for group in groups if group in fit.of}
             chosen = sorted({column[name] for group in groups if (name := fit.sources[group]) is not None})
             key = (term.block, tuple(chosen))
             sums[key] = sums.get(key, 0) + term.count(self._grid(chosen))
@@ -111,14 +112,15 @@ class CountTable:
 
     def _grid(self, chosen: Sequence[int]) -> dict[str, Any]:
         """The sizes of all groups, as arrays over the options of the chosen choices."""
-        sizes: dict[str, Any] = dict(self._fit.whole)
-        for group, name in self._fit.sources.items():
-            if name is not None:
-                j = self._fit.space.names.index(name)
-                if j in chosen:
-                    shape = [-1 if other == j else 1 for other in chosen]
-                    sizes[group] = np.array(self._fit.space[name].values, dtype=np.int64).reshape(shape)
-        return sizes
+        names = self._fit.space.names
+
+        def value(name: str) -> Any:
+            j, values = names.index(name), np.array(self._fit.space[name].values)
+            return (
+                values.reshape([-1 if other == j else 1 for other in chosen]) if j in chosen else values[-1]
+            )
+
+        return self._fit.sizes_at(value)
 
     def __call__(self, architectures: Iterable[Mapping[str, Value]]) -> NDArray[np.int64]:
         """The sum for each architecture."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_nas.costs.cost import CountTable, Term, costs
-from lightning_nas.space import Value
+from lightning_nas.space import Architecture, Value
 from lightning_nas.supernet import Supernet
 
 __all__ = ["MACs"]
@@ -57,18 +57,19 @@ class MACs:
     def __post_init__(self) -> None:
         supernet = self.supernet
         anatomy, largest = supernet.anatomy, supernet.space.largest
-        total, inside, works = _measured(supernet, largest, self.example_inputs)
+        counts = {a: _measured(supernet, a, self.example_inputs) for a in _that_run_all_blocks(supernet)}
+        works = {key: work for count in reversed(counts.values()) for key, work in count.works.items()}
         terms = [
             Term(anatomy.block_of(operation.module), works[operation.module, operation.per], operation.axes)
             for operation in anatomy.operations
             if (operation.module, operation.per) in works  # a block that no depth keeps has no work
         ]
-        rest = total - int(CountTable(supernet.fit, terms)([largest])[0])
-        for block, spent in inside.items():  # what no choice changes in a block goes with the block
-            own = [term for term in terms if term.block == block]
-            if fixed := spent - int(CountTable(supernet.fit, own)([largest])[0]):
-                terms.append(Term(block, fixed, ()))
-                rest -= fixed
+        for architecture, count in counts.items():
+            for block, spent in count.inside.items():  # what no choice changes in a block goes with the block
+                own = [term for term in terms if term.block == block]
+                if fixed := spent - int(CountTable(supernet.fit, own)([architecture])[0]):
+                    terms.append(Term(block, fixed, ()))
+        rest = counts[largest].total - int(CountTable(supernet.fit, terms)([largest])[0])
         object.__setattr__(self, "_table", CountTable(supernet.fit, terms, rest))
 
     def __repr__(self) -> str:
@@ -81,6 +82,19 @@ class MACs:
     def many(self, architectures: Iterable[Mapping[str, Value]]) -> NDArray[np.int64]:
         """Multiply-accumulates of each of many architectures."""
         return self._table(architectures)
+
+
+def _that_run_all_blocks(supernet: Supernet) -> Iterator[Architecture]:
+    """The largest architecture, and others with the blocks that only smaller depths keep."""
+    space, seen = supernet.space, set(supernet.fit.kept(supernet.space.largest))
+    yield space.largest
+    for stage in supernet.anatomy.stages:
+        for depth in space[stage.choice].values if stage.choice in space else ():
+            architecture = space.canonical({**space.largest, stage.choice: depth})
+            kept = set(supernet.fit.kept(architecture))
+            if not kept <= seen:
+                seen |= kept
+                yield architecture
 
 
 class _Counts(NamedTuple):

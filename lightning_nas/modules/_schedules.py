@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities.types import OptimizerLRSchedulerConfig
 
 __all__ = [
     "SCHEDULES",
@@ -124,7 +124,7 @@ def faults_of_optimizer(
 
 def scheduled(
     module: LightningModule, optimizer: torch.optim.Optimizer, schedule: str, warmup: int | float
-) -> dict[str, Any]:
+) -> OptimizerLRSchedulerConfig:
     """What ``configure_optimizers`` returns: the optimizer, its rate scheduled by the step.
 
     Raises:

@@ -107,7 +107,7 @@ class SequenceClassifier(pl.LightningModule):
         model = str(model) if isinstance(model, Path) else model
         tokenizer = str(tokenizer) if isinstance(tokenizer, Path) else tokenizer
         self.model = _network(model, num_labels, pooling, config, model_kwargs or {}, max_length)
-        self.head = _head(self.model.config, num_labels) if pooling == "mean" else None
+        self.head = _head(self.model, num_labels) if pooling == "mean" else None
         objects = {"model": model, "tokenizer": tokenizer}
         self.save_hyperparameters(ignore=[k for k, v in objects.items() if not isinstance(v, str | None)])
         self.num_labels, self.pooling, self.max_length = num_labels, pooling, max_length
@@ -360,10 +360,13 @@ def _check_head(network: Any, num_labels: int, pooling: str | None) -> None:
         )
 
 
-def _head(config: Any, num_labels: int) -> nn.Sequential:
-    rates = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout_prob"))
+def _head(network: Any, num_labels: int) -> nn.Sequential:
+    rates = (getattr(network.config, name, None) for name in ("classifier_dropout", "hidden_dropout_prob"))
     dropout = next((rate for rate in rates if rate is not None), 0.1)
-    return nn.Sequential(nn.Dropout(dropout), nn.Linear(config.hidden_size, num_labels))
+    with torch.no_grad(), torch.random.fork_rng([]):  # a narrower network's config may not say its width
+        token = torch.zeros(1, 1, dtype=torch.long, device=network.device)
+        width = network(input_ids=token).last_hidden_state.shape[-1]
+    return nn.Sequential(nn.Dropout(dropout), nn.Linear(width, num_labels))
 
 
 def _check(num_labels: int, pooling: str | None, max_length: int, *optimizer: Any) -> None:

@@ -24,7 +24,7 @@ from lightning_nas.supernet.anatomy import (
     axis_length,
 )
 from lightning_nas.supernet.kernels import matrices_of, read_transformed
-from lightning_nas.supernet.spaces import relative_space
+from lightning_nas.supernet.spaces import kind_of, relative_space
 from lightning_nas.supernet.statistics import BUFFERS
 
 __all__ = ["QUARTERS", "Adapter", "Preset", "Reader", "length", "multiples", "shape_of"]
@@ -70,7 +70,10 @@ class Adapter:
         """
         anatomy = self.anatomy(model)
         if preset == "relative":
-            kinds = {name.rpartition(".")[2] for name in anatomy.limits}
+            kinds = {kind_of(name) for name in anatomy.limits}
+            for group in anatomy.groups.values():
+                if any(options.get(kind_of(ratio)) for ratio in group.ratios):
+                    kinds -= {kind_of(name) for name in group.choices}
             default = {kind: shares for kind, shares in self.default.items() if kind in kinds}
             return relative_space(anatomy, **{**default, **options})
         if preset not in self.presets:
@@ -78,7 +81,7 @@ class Adapter:
         chosen = self.presets[preset]
         own = {name: anatomy.limits.get(name, 0) for name in chosen.limits}
         if own != dict(chosen.limits):
-            ways = dict.fromkeys(name.rpartition(".")[2] for name in chosen.limits)
+            ways = dict.fromkeys(map(kind_of, chosen.limits))
             raise ValueError(
                 f"The space {preset!r} is for a network with {_listed(chosen.limits)}; this one has "
                 f"{_listed(own)}. Use space='relative' or nas.supernet.default_space(model, "
@@ -146,10 +149,12 @@ class Reader:
         targets: tuple[str, ...],
         way_out: str | None = None,
         sizes: tuple[int, ...] = (),
+        ratios: tuple[str, ...] = (),
+        of: str = "",
     ) -> str:
         """Units that are used together, see :class:`Group`; ``way_out``: the module whose weight it is."""
         leaves = None if way_out is None else (way_out, "weight")
-        self.groups[name] = Group(name, units, choices, targets, leaves, sizes)
+        self.groups[name] = Group(name, units, choices, targets, leaves, sizes, ratios, of)
         return name
 
     def part(

@@ -73,6 +73,9 @@ class Group:
         way_out: (module, parameter) whose columns carry the units' contribution on, from which importance is
             read; None for a group whose order is fixed.
         sizes: those that shares of it are rounded to, ascending (channels in multiples of 8); empty: any.
+        ratios: names of choices that decide as well, behind ``choices``: how many units there are for each
+            one that ``of`` uses (an MLP of 4 times the width).
+        of: that other group, decided by no ratio itself.
     """
 
     name: str
@@ -81,6 +84,13 @@ class Group:
     targets: tuple[str, ...]
     way_out: tuple[str, str] | None = None
     sizes: tuple[int, ...] = ()
+    ratios: tuple[str, ...] = ()
+    of: str = ""
+
+    @property
+    def deciders(self) -> tuple[str, ...]:
+        """All choices that may decide, the first one first."""
+        return (*self.choices, *self.ratios)
 
 
 @dataclass(frozen=True)
@@ -170,12 +180,21 @@ class Anatomy:
 
     @property
     def limits(self) -> dict[str, int]:
-        """The largest value that each choice could have in this network."""
+        """The largest value that each choice could have in this network; ratios have none of their own."""
         limits = {stage.choice: len(stage.blocks) for stage in self.stages}
         for group in self.groups.values():
             for choice in group.choices:
                 limits[choice] = min(group.units, limits.get(choice, group.units))
         return limits
+
+    @property
+    def ratios(self) -> dict[str, list[Group]]:
+        """The groups that each choice of a ratio may decide about."""
+        ratios: dict[str, list[Group]] = {}
+        for group in self.groups.values():
+            for choice in group.ratios:
+                ratios.setdefault(choice, []).append(group)
+        return ratios
 
     @cached_property
     def centred(self) -> frozenset[str]:
@@ -198,7 +217,7 @@ class Anatomy:
 
     def block_of_choice(self, name: str) -> int | None:
         """The index of the one block that a choice decides about; None if it is about more, or about none."""
-        blocks = {self.block_of(group.targets[0]) for group in self.groups.values() if name in group.choices}
+        blocks = {self.block_of(group.targets[0]) for group in self.groups.values() if name in group.deciders}
         return blocks.pop() if len(blocks) == 1 else None
 
     @cached_property

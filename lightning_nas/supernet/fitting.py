@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
+
+import numpy as np
 
 from lightning_nas.errors import NoMatchError
 from lightning_nas.registry import nearest
 from lightning_nas.space import Choice, Depth, SearchSpace, Value
-from lightning_nas.supernet.anatomy import Anatomy, Part, Stage
+from lightning_nas.supernet.anatomy import Anatomy, Group, Part, Stage
 from lightning_nas.supernet.layers import cut_of
 
 __all__ = ["Fit", "fit_space"]
@@ -24,29 +28,37 @@ class Fit:
     Args:
         space: with conditions completed.
         sources: for each group the choice that decides its size, or None: it stays whole.
+        of: for each group that a ratio decides, the group whose size is multiplied with it.
         whole: the size of every group in the whole network.
         stages: of the network.
     """
 
     space: SearchSpace
     sources: Mapping[str, str | None]
+    of: Mapping[str, str]
     whole: Mapping[str, int]
     stages: tuple[Stage, ...]
 
     def sizes(self, architecture: Mapping[str, Value]) -> dict[str, int]:
         """Units in use of every group."""
-        return {
-            group: self.whole[group] if choice is None else int(architecture[choice])
-            for group, choice in self.sources.items()
-        }
+        return {group: int(size) for group, size in self.sizes_at(architecture.__getitem__).items()}
+
+    def sizes_at(self, value: Callable[[str], Any]) -> dict[str, Any]:
+        """Units in use of every group, from the value of each choice: a number, or an array of numbers."""
+        sizes: dict[str, Any] = dict(self.whole)
+        decided = {group: choice for group, choice in self.sources.items() if choice is not None}
+        for group, choice in decided.items():
+            if group not in self.of:
+                sizes[group] = value(choice)
+        for group, other in self.of.items():
+            sizes[group] = np.rint(value(decided[group]) * sizes[other]).astype(np.int64)
+        return sizes
 
     @cached_property
     def smallest(self) -> dict[str, int]:
         """The smallest size that each group can take, whatever the others are."""
-        return {
-            group: self.whole[group] if choice is None else int(self.space[choice].values[0])
-            for group, choice in self.sources.items()
-        }
+        sizes = self.sizes_at(lambda choice: self.space[choice].values[0])
+        return {group: int(size) for group, size in sizes.items()}
 
     @cached_property
     def droppable(self) -> tuple[int, ...]:
@@ -73,6 +85,11 @@ class Fit:
             blocks += [first + i for i in self.kept_of(stage, architecture)]
         return tuple(blocks)
 
+    def is_whole(self, architecture: Mapping[str, Value]) -> bool:
+        """Whether an architecture leaves nothing of the network out."""
+        blocks = sum(len(stage.blocks) for stage in self.stages)
+        return self.sizes(architecture) == self.whole and len(self.kept(architecture)) == blocks
+
     def kept_of(self, stage: Stage, architecture: Mapping[str, Value]) -> tuple[int, ...]:
         """Indices, within a stage, of its blocks that run."""
         if stage.choice not in self.space:
@@ -98,16 +115,16 @@ def fit_space(space: SearchSpace, anatomy: Anatomy, exclude: tuple[str, ...], ne
         ValueError: for a choice the network does not have, or a value beyond it; all faults in one message.
         NoMatchError: for a pattern that excludes nothing.
     """
-    faults = [fault for choice in space for fault in _faults(choice, anatomy)]
-    if faults:
-        raise ValueError(f"Supernet: the space does not fit this {network}: {' '.join(faults)}")
     depths = {stage.choice: stage for stage in anatomy.stages}
     targets: dict[str, set[str]] = {name: {name} for name in depths}
     for group in anatomy.groups.values():
-        for name in group.choices:
+        for name in group.deciders:
             targets.setdefault(name, {name}).update(group.targets)
     excluded = set(_excluded(exclude, targets))
-    choices = [choice for choice in space if choice.name not in excluded]
+    left = {choice.name: choice for choice in space if choice.name not in excluded}
+    if faults := [fault for choice in space for fault in _faults(choice, anatomy, left)]:
+        raise ValueError(f"Supernet: the space does not fit this {network}: {' '.join(faults)}")
+    choices = list(left.values())
     if not choices:
         raise ValueError(f"Supernet: exclude={exclude} leaves no choice of {', '.join(space.names)}.")
     choices = [
@@ -131,17 +148,30 @@ def fit_space(space: SearchSpace, anatomy: Anatomy, exclude: tuple[str, ...], ne
                 choice = replace(choice, when=(*choice.conditions, (depth.name, where)))
         fitted.append(choice)
     done = SearchSpace(fitted)
-    sources = {
-        group.name: next((name for name in group.choices if name in done), None)
-        for group in anatomy.groups.values()
-    }
-    return Fit(done, sources, anatomy.whole, anatomy.stages)
+    sources = {group.name: _decider(group, done) for group in anatomy.groups.values()}
+    idle = [name for name in done.names if name not in depths and name not in sources.values()]
+    if idle:
+        raise ValueError(
+            f"Supernet: {', '.join(map(repr, idle))} decides about nothing, since other choices of the space "
+            "come first: one for a single block before one for all, and absolute sizes before ratios. Leave "
+            "one of them out."
+        )
+    of = {group.name: group.of for group in anatomy.groups.values() if sources[group.name] in group.ratios}
+    return Fit(done, sources, of, anatomy.whole, anatomy.stages)
 
 
-def _faults(choice: Choice, anatomy: Anatomy) -> Iterable[str]:
+def _decider(group: Group, names: Container[str]) -> str | None:
+    return next((name for name in group.deciders if name in names), None)
+
+
+def _faults(choice: Choice, anatomy: Anatomy, choices: Mapping[str, Choice]) -> Iterable[str]:
     limits = anatomy.limits
+    if choice.name in anatomy.ratios:
+        yield from _faults_of_ratio(choice, anatomy, choices)
+        return
     if choice.name not in limits:
-        yield f"there is no choice {choice.name!r} in it. {nearest(choice.name, limits)}"
+        known = (*limits, *anatomy.ratios)
+        yield f"there is no choice {choice.name!r} in it. {nearest(choice.name, known)}"
         return
     for value in choice.values:
         if isinstance(value, bool | str | float) or not 1 <= value <= limits[choice.name]:
@@ -165,6 +195,25 @@ def _faults(choice: Choice, anatomy: Anatomy) -> Iterable[str]:
             )
         if missing := [i for i in stage.fixed if i not in kept]:
             yield f"{choice.name!r} {value!r} drops block {missing[0]}, which must always run."
+
+
+def _faults_of_ratio(choice: Choice, anatomy: Anatomy, choices: Mapping[str, Choice]) -> Iterable[str]:
+    for value in choice.values:
+        if isinstance(value, bool | str) or not 0 < value < math.inf:
+            yield f"{choice.name!r} cannot be {value!r}, only a number above 0."
+            return
+    for group in anatomy.ratios[choice.name]:
+        decider = _decider(anatomy.groups[group.of], choices)
+        sizes = (anatomy.whole[group.of],) if decider is None else choices[decider].values
+        for ratio, size in ((choice.values[0], sizes[0]), (choice.values[-1], sizes[-1])):
+            if isinstance(ratio, str) or isinstance(size, str):
+                return  # a fault of its own
+            if not 1 <= (units := round(ratio * size)) <= group.units:
+                yield (
+                    f"{choice.name!r} {ratio!r} makes {units} units of {group.of!r} {size}, but "
+                    f"{group.name!r} can be from 1 to {group.units}."
+                )
+                return
 
 
 def _excluded(patterns: tuple[str, ...], targets: Mapping[str, set[str]]) -> Iterable[str]:

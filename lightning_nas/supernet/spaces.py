@@ -10,7 +10,7 @@ from lightning_nas.registry import nearest
 from lightning_nas.space import Choice, Depth, SearchSpace
 from lightning_nas.supernet.anatomy import Anatomy
 
-__all__ = ["Options", "relative_space"]
+__all__ = ["Options", "kind_of", "relative_space"]
 
 Options: TypeAlias = "Sequence[float | int] | None"
 """Shares of the network's own size where they are floats in (0, 1], absolute sizes where they are ints;
@@ -39,7 +39,8 @@ def relative_space(
             the indices kept.
         shared: one choice for all blocks (``"heads"``) in place of one each (``"layers.3.heads"``).
         **options: for each kind of choice, its last name (``heads=(0.5, 1.0), mlp=(256, 512)``), what every
-            choice of that kind offers. Kinds that are not named stay whole.
+            choice of that kind offers. Kinds that are not named stay whole. A ratio (``mlp_ratio=(3.0, 4.0)``
+            times the width) is taken as it is.
 
     Returns:
         The space.
@@ -49,7 +50,7 @@ def relative_space(
             unknown ``keep``, or if nothing is left to choose.
     """
     groups = [group for group in anatomy.groups.values() if group.choices]
-    kinds = {_kind(name) for group in groups for name in group.choices}
+    kinds = {kind_of(name) for group in groups for name in group.deciders}
     for kind in options:
         if kind not in kinds:
             raise ValueError(
@@ -70,11 +71,16 @@ def relative_space(
         if offered not in ((), (total,)):
             choices.append(Depth(stage.choice, offered, keeps=tuple(kept.values())))
     limits, sizes = anatomy.limits, {name: group.sizes for group in groups for name in group.choices}
-    for name in dict.fromkeys(group.choices[-1 if shared else 0] for group in groups):
+    both = [names for group in groups for names in (group.choices, group.ratios) if names]
+    for name in dict.fromkeys(names[-1 if shared else 0] for names in both):
         block = anatomy.block_of_choice(name)
         if block is not None and anatomy.blocks[block] not in runs:
             continue
-        offered = _offered(_kind(name), options.get(_kind(name)) or (), limits[name], sizes[name])
+        if name in anatomy.ratios:
+            if ratios := options.get(kind_of(name)):
+                choices.append(Choice(name, tuple(sorted({float(ratio) for ratio in ratios}))))
+            continue
+        offered = _offered(kind_of(name), options.get(kind_of(name)) or (), limits[name], sizes[name])
         if offered not in ((), (limits[name],)):
             choices.append(Choice(name, offered))
     if not choices:
@@ -84,7 +90,8 @@ def relative_space(
     return SearchSpace(choices)
 
 
-def _kind(name: str) -> str:
+def kind_of(name: str) -> str:
+    """The last part of a choice's name: ``"heads"`` of ``"layers.3.heads"``."""
     return name.rpartition(".")[2]
 
 

@@ -9,6 +9,7 @@ import torch
 from lightning_nas.callbacks import InstaTune, SelfDistillation, SupernetTraining
 from torch.utils.data import DataLoader, DistributedSampler
 
+from lightning_nas import Depth, SearchSpace
 from tests import user_modules as users
 
 RUNS = {  # name -> students_learn_from, micro-batches a step
@@ -17,7 +18,9 @@ RUNS = {  # name -> students_learn_from, micro-batches a step
     "at the start": ("teacher", 1),
     "search": ("both", 1),
     "itself": ("itself", 2),
+    "blocks of students alone": ("task", 2),
 }
+OTHER_BLOCKS = SearchSpace([Depth("depth", (2, 3), keeps=((0, 3), (0, 1, 2)))])
 
 
 class Halves(pl.LightningDataModule):
@@ -35,6 +38,10 @@ class Halves(pl.LightningDataModule):
 def run(name: str, folder: Path, **trainer) -> pl.Trainer:
     learn, accumulate = RUNS[name]
     settings = {"warmup": 0 if name == "at the start" else 2, "students_learn_from": learn, "validate": ()}
+    net = users.tiny_vit()
+    if name == "blocks of students alone":  # drawn: 2, 3, 3, 2; at 3 block 3 has no gradient at all
+        settings |= {"space": OTHER_BLOCKS, "sampler": "random", "order": None, "warmup": 0, "seed": 1}
+        net = users.tiny_vit(depth=4)
     if name == "search":
         callback = InstaTune(budget=4, folder=folder / "found", **settings)
     elif name == "itself":
@@ -47,14 +54,15 @@ def run(name: str, folder: Path, **trainer) -> pl.Trainer:
         gradient_clip_val=0.5, use_distributed_sampler=False, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, **trainer,
     )  # fmt: skip
-    trainer.fit(users.PlainClassifier(), Halves())
+    trainer.fit(users.PlainClassifier(net), Halves())
     return trainer
 
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     for name in RUNS:
-        trainer = run(name, folder, strategy="ddp", devices=2)
+        unused = "_find_unused_parameters_true" if name == "blocks of students alone" else ""
+        trainer = run(name, folder, strategy=f"ddp{unused}", devices=2)
         torch.save(trainer.lightning_module.state_dict(), folder / f"{name}{trainer.global_rank}.pt")
         if name == "search":
             front = trainer.callbacks[0].result.front

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_nas.costs import MACs, Parameters, costs, resolve
-from lightning_nas.space import Choice, SearchSpace
+from lightning_nas.space import Choice, Depth, SearchSpace
 from lightning_nas.supernet import Supernet, default_space
 
 
@@ -51,6 +51,19 @@ def test_a_network_that_looks_at_the_values_of_its_inputs_is_counted_on_them():
     assert list(3 * MACs(supernet, images).many(ends)) == list(2 * whole)
     with pytest.raises(RuntimeError, match="channels"):
         MACs(supernet, torch.ones(1, 4, 16, 16))
+
+
+def test_blocks_that_only_smaller_depths_keep_are_counted():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=4, num_classes=5)
+    depth = Depth("depth", (2, 3), keeps=((0, 3), (0, 1, 2)))
+    supernet = Supernet(model, SearchSpace([depth, Choice("heads", (2, 3))]))
+    image = torch.zeros(1, 3, 32, 32)
+    for architecture in supernet.space.enumerate():
+        extracted = supernet.extract(architecture)
+        supernet.family.unfuse(extracted)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            extracted(image)
+        assert 2 * MACs(supernet, image)(architecture) == counter.get_total_flops()
 
 
 def test_a_batch_costs_as_often_as_it_has_images():

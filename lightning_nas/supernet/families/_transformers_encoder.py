@@ -50,13 +50,31 @@ class Encoder:
     units: str = "intermediate_size"
 
 
+def _autodistil(
+    depth: tuple[int, ...], heads: tuple[int, ...], embed: tuple[int, ...], ratio: float
+) -> Preset:
+    """A sub-space of Xu et al., AutoDistil, NeurIPS 2022, table 1: all blocks alike, 256 architectures."""
+    return Preset(
+        {"depth": 12, "heads": 12, "embed": 768, "mlp": 3072},
+        {
+            "depth": depth,
+            "heads": heads,
+            "embed": embed,
+            "mlp_ratio": tuple(ratio + step / 2 for step in range(4)),
+            "shared": True,
+            "keep": {d: [i * 12 // d for i in range(d)] for d in depth},
+        },
+    )
+
+
 class EncoderAdapter(TransformersAdapter):
     """Adapter of one architecture of encoder.
 
     Elastic: ``"depth"``, ``"layers.{i}.heads"``, ``"layers.{i}.mlp"`` (or ``"heads"`` and ``"mlp"``, one
     value for all blocks), and ``"embed"``, the width of the residual stream, which goes through embeddings,
     norms and the layers of the task head; the size of an attention head stays. A head of the user's own stays
-    whole, and ``"embed"`` with it.
+    whole, and ``"embed"`` with it. In place of ``"mlp"``, ``"layers.{i}.mlp_ratio"`` or ``"mlp_ratio"``: its
+    units for each entry of the width.
 
     An extracted network's config says how many blocks it has, and its MLP units where all blocks have as
     many. Its width and heads it says only where the heads make up the width: a stock class builds no others.
@@ -76,6 +94,9 @@ class EncoderAdapter(TransformersAdapter):
                 "keep": "first",
             },
         ),
+        "autodistil-base": _autodistil((9, 10, 11, 12), (9, 10, 11, 12), (544, 576, 608, 640), 2.5),
+        "autodistil-small": _autodistil((9, 10, 11, 12), (7, 8, 9, 10), (256, 288, 320, 352), 2.5),
+        "autodistil-tiny": _autodistil((4, 5, 6, 7), (7, 8, 9, 10), (128, 160, 192, 224), 2.0),
     }
 
     def __init__(self, name: str, encoder: Encoder) -> None:
@@ -166,8 +187,9 @@ class _Reader(Reader):
             self.norm(f"{block}.{norm}", self.width)
 
     def _units(self, i: int, what: str, units: int, block: str, target: str, way_out: str) -> str:
-        name = f"layers.{i}.{what}"
-        return self.group(name, units, (name, what), (block, target, target.rpartition(".")[0]), way_out)
+        name, targets = f"layers.{i}.{what}", (block, target, target.rpartition(".")[0])
+        ratios = (f"{name}_ratio", f"{what}_ratio") if what == "mlp" else ()
+        return self.group(name, units, (name, what), targets, way_out, ratios=ratios, of="embed")
 
     def _ends(self, names: tuple[str, ...], rows: Axis | None = None) -> None:
         """Layers outside of the blocks; what the user put in their place is left alone."""

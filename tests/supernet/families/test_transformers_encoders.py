@@ -259,39 +259,103 @@ def test_bert_base_has_the_published_space_and_macs():
     assert round(by_hand / 1e9, 2) == 2.19
 
 
-AUTODISTIL = {"shared": True, "keep": {d: [i * 12 // d for i in range(d)] for d in range(4, 13)}}
+AUTODISTIL = [  # the paper's students: sub-space, layers, width, MLP ratio, heads
+    ("small", 11, 352, 4.0, 10, 26_774_176, 31.8),
+    ("base", 12, 544, 3.0, 9, 50_108_928, 53.3),
+    ("small", 11, 352, 4.0, 8, 26_092_704, 29.8),
+    ("tiny", 7, 160, 3.5, 10, 6_887_600, 9.1),
+]
 
 
 @pytest.mark.parametrize(
-    ("layers", "hidden", "ratio", "heads", "millions"),
-    [(11, 352, 4, 10, 31.8), (12, 544, 3, 9, 53.3), (11, 352, 4, 8, 29.8), (7, 160, 3.5, 10, 9.1)],
+    ("preset", "layers", "hidden", "ratio", "heads", "published", "millions"), AUTODISTIL
 )
-def test_students_of_autodistil_have_the_parameters_of_their_released_slices(
-    layers, hidden, ratio, heads, millions
+def test_students_of_autodistil_have_the_published_sizes(
+    preset, layers, hidden, ratio, heads, published, millions
 ):
-    """AutoDistil's chosen students as its code slices them: 64 entries a head whatever the width."""
+    """AutoDistil's chosen students by the paper's own count, and as its released code slices them.
+
+    The paper counts heads of ``width / 12`` entries; the code keeps 64 a head, whatever the width.
+    """
     with torch.device("meta"):
         model = BertModel(BertConfig(), add_pooling_layer=False)
-    offered = {"depth": (layers, 12), "heads": (heads, 12), "mlp": (int(hidden * ratio), 3072)}
-    supernet = Supernet(model, default_space(model, embed=(hidden, 768), **offered, **AUTODISTIL))
-    student = supernet.space.smallest
+    supernet = Supernet(model, f"autodistil-{preset}")
+    values = {"depth": layers, "embed": hidden, "mlp_ratio": ratio, "heads": heads}
+    student = supernet.space.architecture(values)
     assert round(Parameters(supernet)(student) / 1e6, 1) == millions
     skeleton = supernet.skeleton(student)
-    assert len(skeleton.encoder.layer) == layers
-    assert tuple(skeleton.embeddings.word_embeddings.weight.shape) == (30522, hidden)
+    blocks, width = list(skeleton.encoder.layer), skeleton.embeddings.word_embeddings.weight.shape[1]
+    heads = {block.attention.self.num_attention_heads for block in blocks}
+    units = {block.intermediate.dense.out_features for block in blocks}
+    n, h, (a,), (m,) = len(blocks), width, heads, units
+    count = h * (30522 + 512 + 2 + 2) + n * (h**2 + 3 * h**2 * a / 12 + 6 * h) + n * (2 * m * h + m + 3 * h)
+    assert count + h**2 + 2 * h == published
+
+
+@pytest.mark.parametrize("preset", ["base", "small", "tiny"])
+def test_a_sub_space_of_autodistil_holds_256_networks_and_drops_blocks_by_its_rule(preset):
+    model = BertModel(BertConfig(vocab_size=20))
+    for i, block in enumerate(model.encoder.layer):
+        nn.init.constant_(block.output.dense.bias, i)
+    supernet = Supernet(model, f"autodistil-{preset}")
+    architectures = list(supernet.space.enumerate())
+    sizes = {(*supernet.fit.sizes(a).values(), supernet.fit.kept(a)) for a in architectures}
+    assert supernet.space.size == len({a.key for a in architectures}) == len(sizes) == 256
+    for depth in supernet.space["depth"].values:
+        kept = [int(i * 12 / depth) for i in range(depth)]
+        small = supernet.extract({**supernet.space.smallest, "depth": depth})
+        assert [int(block.output.dense.bias[0]) for block in small.encoder.layer] == kept
+
+
+def test_a_sub_space_of_autodistil_is_for_a_bert_of_its_size():
+    with pytest.raises(ValueError, match=r"'autodistil-tiny' is for a network with depth 12, .*has depth 3"):
+        Supernet(build("Bert"), "autodistil-tiny")
+
+
+RATIOS = {"embed": (12, 18, 24), "mlp_ratio": (0.4, 1.0, 5 / 3)}
+
+
+@pytest.mark.parametrize("kind", ["Bert", "DistilBert"])
+@pytest.mark.parametrize("shared", [False, True])
+class TestMLPsThatFollowTheWidth(FamilyConformance):
+    @pytest.fixture
+    def network(self, kind, shared):
+        self.shared = shared
+        return build(kind), inputs(kind)
+
+    def space(self, model):
+        return default_space(model, shared=self.shared, **RATIOS)
+
+
+def test_a_ratio_is_of_the_width_in_use_and_rounded_to_whole_units():
+    supernet = Supernet(build("Bert"), default_space(build("Bert"), shared=True, depth=(), **RATIOS))
+    assert supernet.space.names == ("heads", "mlp_ratio", "embed")
+    for architecture in supernet.space.enumerate():
+        small = supernet.extract(architecture)
+        units = {block.intermediate.dense.out_features for block in small.bert.encoder.layer}
+        assert units == {round(architecture["mlp_ratio"] * architecture["embed"])}
+    assert supernet.fit.smallest["layers.0.mlp"] == 5  # 4.8
 
 
 @pytest.mark.parametrize(
-    ("depth", "kept"), [(9, [0, 1, 2, 4, 5, 6, 8, 9, 10]), (10, [0, 1, 2, 3, 4, 6, 7, 8, 9, 10])]
+    ("options", "message"),
+    [
+        ({"mlp_ratio": (1.0, 2.0)}, r"'mlp_ratio' 2.0 makes 48 units of 'embed' 24, but .* from 1 to 40"),
+        ({"mlp_ratio": (0.02, 1.0)}, r"'mlp_ratio' 0.02 makes 0 units of 'embed' 24"),
+        ({"mlp_ratio": (-1.0, 1.0)}, r"'mlp_ratio' cannot be -1.0, only a number above 0"),
+        ({"mlp_ratio": (1.0,), "mlp": (20, 40)}, r"'mlp_ratio' decides about nothing, since other choices"),
+    ],
 )
-def test_blocks_can_be_dropped_by_the_rule_of_autodistil(depth, kept):
-    """AutoDistil keeps block floor(i * 12 / d) for each i."""
-    model = BertModel(CONFIGS["Bert"](num_hidden_layers=12))
-    for i, block in enumerate(model.encoder.layer):
-        nn.init.constant_(block.output.dense.bias, i)
-    supernet = Supernet(model, default_space(model, depth=(depth, 12), **AUTODISTIL))
-    extracted = supernet.extract(supernet.space.smallest)
-    assert [int(block.output.dense.bias[0]) for block in extracted.encoder.layer] == kept
+def test_ratios_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        default_space(build("Bert"), shared=True, **options)
+
+
+def test_a_ratio_must_fit_the_width_that_is_left_whole():
+    model = build("Bert")
+    space = default_space(model, shared=True, embed=(12, 16), mlp_ratio=(1.0, 2.5))
+    with pytest.raises(ValueError, match=r"'mlp_ratio' 2.5 makes 60 units of 'embed' 24"):
+        Supernet(model, space, exclude="embed")
 
 
 def test_decoders_and_other_attention_are_refused_by_name():
