@@ -53,6 +53,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Sandwich(random=1)": {"sampler": nas.Sandwich(random=1)},
     "Sandwich(random=4)": {"sampler": nas.Sandwich(random=4)},
     "MultiArchitectural(parts=4)": {"sampler": nas.MultiArchitectural(parts=4)},
+    "Sandwich(random=1), warmup=0.15": {"sampler": nas.Sandwich(random=1), "warmup": 0.15},
+    "Sandwich(random=1), warmup=0.5": {"sampler": nas.Sandwich(random=1), "warmup": 0.5},
+    "Sandwich(random=1), lr_factor=2": {"sampler": nas.Sandwich(random=1), "lr_factor": 2.0},
+    "Sandwich(random=1), order=None": {"sampler": nas.Sandwich(random=1), "order": None},
 }
 INSIDE = "with hidden states"  # its layers have other names in each network
 RUN: dict[str, Any] = {
@@ -131,7 +135,7 @@ class StepTimes(pl.Callback):
 
 def settings_for(task: Any) -> dict[str, dict[str, Any]]:
     """All settings, as far as the task can have them; a rule of students that need no task has no head."""
-    states = nas.HiddenStates(task.blocks)
+    states = nas.HiddenStates(task.blocks, kind="cosine")
     found = {}
     for name, changed in {**SETTINGS, INSIDE: {"students_learn_from": states}}.items():
         if "regularize" in changed and not task.has_dropout:

@@ -328,6 +328,7 @@ def _network(
     elif config is None:
         # Lightning's precision decides the type in use; weights stored in half precision would train in it.
         network = auto.from_pretrained(model, **{"dtype": torch.float32, **options, **model_kwargs})
+        network.train()  # it comes in eval mode, which Lightning would keep: no dropout
     elif "model_type" not in config:
         raise ValueError(
             f'SequenceClassifier: config needs a "model_type" such as "bert", got {sorted(config)}.'
