@@ -98,12 +98,12 @@ def test_constraints_on_costs_hold_for_everything_that_is_measured(strategy):
     width = Width()
     result = search(
         SPACE, evaluate, [Maximize("gain"), Minimize(width)], strategy=strategy, budget=40, seed=1,
-        constraints={width: ("<=", 14)}, storage="memory", progress=False,
+        constraints={width: ("<=", 18)}, storage="memory", progress=False,
     )  # fmt: skip
     assert len(measured) == 40
-    assert max(measured) <= 14
-    # The plans keep them too: hardly anything is proposed in vain behind the first population.
-    assert result.rejected <= 10 * 40
+    assert max(measured) <= 18
+    # Two random architectures of three break it: the ten of the first population, and no plan's.
+    assert result.rejected < 60
 
 
 def test_the_predictor_sees_measured_rows_alone():
