@@ -3,10 +3,12 @@
 from lightning_nas.costs.bytes import Bytes
 from lightning_nas.costs.cost import Cost, costs, resolve
 from lightning_nas.costs.energy import HOROWITZ_45NM, Energy, EnergyTable
+from lightning_nas.costs.latency import Latency, Throughput
 from lightning_nas.costs.macs import MACs
 from lightning_nas.costs.memory import PeakMemory
 from lightning_nas.costs.parameters import Parameters
 from lightning_nas.costs.roofline import Device, Roofline
+from lightning_nas.costs.timing import Measurement
 
 __all__ = [
     "HOROWITZ_45NM",
@@ -15,10 +17,13 @@ __all__ = [
     "Device",
     "Energy",
     "EnergyTable",
+    "Latency",
     "MACs",
+    "Measurement",
     "Parameters",
     "PeakMemory",
     "Roofline",
+    "Throughput",
     "costs",
     "resolve",
 ]
