@@ -8,6 +8,7 @@ from lightning_nas.costs.macs import MACs
 from lightning_nas.costs.memory import PeakMemory
 from lightning_nas.costs.parameters import Parameters
 from lightning_nas.costs.roofline import Device, Roofline
+from lightning_nas.costs.table import LatencyTable, TableError
 from lightning_nas.costs.timing import Measurement
 
 __all__ = [
@@ -18,11 +19,13 @@ __all__ = [
     "Energy",
     "EnergyTable",
     "Latency",
+    "LatencyTable",
     "MACs",
     "Measurement",
     "Parameters",
     "PeakMemory",
     "Roofline",
+    "TableError",
     "Throughput",
     "costs",
     "resolve",
