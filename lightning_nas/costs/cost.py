@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_nas.objectives import Cost
 from lightning_nas.registry import Registry
-from lightning_nas.space import Value
+from lightning_nas.space import Architecture, Value
 from lightning_nas.supernet import Supernet
 from lightning_nas.supernet.anatomy import Axis, Sizes, axis_length
 from lightning_nas.supernet.fitting import Fit
 
-__all__ = ["Cost", "CountTable", "Term", "costs", "resolve"]
+__all__ = [
+    "Cost",
+    "CountTable",
+    "Once",
+    "Table",
+    "Tables",
+    "Term",
+    "columns_of",
+    "costs",
+    "resolve",
+    "sizes_over",
+]
 
+
+T = TypeVar("T")
 
 costs: Registry[Any] = Registry("cost")
 """Names of costs -> ``make(supernet, example_inputs)``.
@@ -44,6 +58,26 @@ def resolve(cost: str | Cost, supernet: Supernet, example_inputs: Any) -> Cost:
     raise TypeError(f"A cost must be a name or a callable with .name and .unit, got {cost!r}.")
 
 
+class Once(Generic[T]):
+    """Works out each network once: architectures that are the same network share one answer.
+
+    Args:
+        supernet: of the architectures.
+        work_out: the answer for an architecture in canonical form.
+    """
+
+    def __init__(self, supernet: Supernet, work_out: Callable[[Architecture], T]) -> None:
+        self._supernet, self._work_out = supernet, work_out
+        self._known: dict[str, T] = {}
+
+    def __call__(self, architecture: Mapping[str, Value]) -> T:
+        """The answer for one architecture."""
+        canonical = self._supernet.space.canonical(architecture)
+        if canonical.key not in self._known:
+            self._known[canonical.key] = self._work_out(canonical)
+        return self._known[canonical.key]
+
+
 @dataclass(frozen=True)
 class Term:
     """A product that an architecture costs: ``factor`` for each entry of its axes, while its block runs.
@@ -67,37 +101,31 @@ class Term:
 
 
 @dataclass(frozen=True)
-class _Table:
-    """The sum of one block's terms that depend on the same choices, for all combinations of options."""
+class Table:
+    """A value for every combination of options of some choices, while a block runs.
+
+    Args:
+        block: index of the block; None: always.
+        columns: positions of the choices in the space.
+        values: one axis a choice.
+    """
 
     block: int | None
     columns: tuple[int, ...]
-    values: NDArray[np.int64]
+    values: NDArray[Any]  # integers or floats
 
 
-class CountTable:
-    """A sum of terms, looked up: one table for the choices that its terms mention together.
+class Tables:
+    """Values looked up for many architectures at once.
 
     Args:
         fit: the space and what it decides.
-        terms: what is summed.
-        rest: a constant beside them.
+        tables: of values of one kind, at least one.
     """
 
-    def __init__(self, fit: Fit, terms: Iterable[Term], rest: int = 0) -> None:
-        self._fit = fit
+    def __init__(self, fit: Fit, tables: Iterable[Table]) -> None:
+        self._fit, self._tables = fit, tuple(tables)
         column = {name: j for j, name in enumerate(fit.space.names)}
-        sums: dict[tuple[int | None, tuple[int, ...]], Any] = {(None, ()): rest}
-        for term in terms:
-            groups = {segment.group for axis in term.axes for segment in axis if segment.group is not None}
-            groups |= {fit.of[group] for group in groups if group in fit.of}
-            chosen = sorted({column[name] for group in groups if (name := fit.sources[group]) is not None})
-            key = (term.block, tuple(chosen))
-            sums[key] = sums.get(key, 0) + term.count(self._grid(chosen))
-        self._tables = tuple(
-            _Table(block, chosen, np.asarray(value, dtype=np.int64))
-            for (block, chosen), value in sums.items()
-        )
         self._depths: list[tuple[int, int, NDArray[np.int64]]] = []  # first block, column, (options, blocks)
         first = 0
         for stage in fit.stages:
@@ -110,26 +138,62 @@ class CountTable:
             first += len(stage.blocks)
         self._blocks = first
 
-    def _grid(self, chosen: Sequence[int]) -> dict[str, Any]:
-        """The sizes of all groups, as arrays over the options of the chosen choices."""
-        names = self._fit.space.names
-
-        def value(name: str) -> Any:
-            j, values = names.index(name), np.array(self._fit.space[name].values)
-            return (
-                values.reshape([-1 if other == j else 1 for other in chosen]) if j in chosen else values[-1]
-            )
-
-        return self._fit.sizes_at(value)
-
-    def __call__(self, architectures: Iterable[Mapping[str, Value]]) -> NDArray[np.int64]:
-        """The sum for each architecture."""
+    def look_up(
+        self, architectures: Iterable[Mapping[str, Value]]
+    ) -> Iterator[tuple[NDArray[Any], NDArray[np.int64]]]:
+        """Of each table the values, one an architecture or one for all, and whether its block runs (0, 1)."""
         index = self._fit.space.indices(architectures)  # -1, the last option, for an inactive choice
-        runs = np.ones((len(index), self._blocks), dtype=np.int64)
+        runs = np.ones((len(index), self._blocks + 1), dtype=np.int64)  # the last column: always
         for first, depth, rows in self._depths:
             runs[:, first : first + rows.shape[1]] = rows[index[:, depth]]
-        total = np.zeros(len(index), dtype=np.int64)
         for table in self._tables:
-            value = table.values[tuple(index[:, j] for j in table.columns)] if table.columns else table.values
-            total += value if table.block is None else value * runs[:, table.block]
-        return total
+            values = (
+                table.values[tuple(index[:, j] for j in table.columns)] if table.columns else table.values
+            )
+            yield values, runs[:, -1 if table.block is None else table.block]
+
+    def __call__(self, architectures: Iterable[Mapping[str, Value]]) -> NDArray[Any]:
+        """The sum over the tables, for each architecture."""
+        return reduce(np.add, (values * runs for values, runs in self.look_up(architectures)))
+
+
+class CountTable(Tables):
+    """A sum of terms, looked up: one table for the choices that its terms mention together.
+
+    Args:
+        fit: the space and what it decides.
+        terms: what is summed.
+        rest: a constant beside them.
+    """
+
+    def __init__(self, fit: Fit, terms: Iterable[Term], rest: int = 0) -> None:
+        sums: dict[tuple[int | None, tuple[int, ...]], Any] = {(None, ()): rest}
+        for term in terms:
+            chosen = columns_of(fit, (segment.group for axis in term.axes for segment in axis))
+            key = (term.block, chosen)
+            sums[key] = sums.get(key, 0) + term.count(sizes_over(fit, chosen))
+        tables = (
+            Table(block, chosen, np.asarray(value, dtype=np.int64)) for (block, chosen), value in sums.items()
+        )
+        super().__init__(fit, tables)
+
+
+def columns_of(fit: Fit, groups: Iterable[str | None]) -> tuple[int, ...]:
+    """The positions of the choices that decide the sizes of these groups."""
+    known = {group for group in groups if group is not None}
+    known |= {fit.of[group] for group in known if group in fit.of}
+    names = {fit.sources[group] for group in known}
+    return tuple(j for j, name in enumerate(fit.space.names) if name in names)
+
+
+def sizes_over(fit: Fit, columns: Sequence[int]) -> dict[str, Any]:
+    """The sizes of all groups, as arrays over the options of some choices: one axis a choice."""
+    names = fit.space.names
+
+    def value(name: str) -> Any:
+        j, values = names.index(name), np.array(fit.space[name].values)
+        if j not in columns:
+            return values[-1]
+        return values.reshape([-1 if other == j else 1 for other in columns])
+
+    return fit.sizes_at(value)

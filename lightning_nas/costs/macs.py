@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_nas.costs.cost import CountTable, Term, costs
+from lightning_nas.costs.inputs import call
 from lightning_nas.space import Architecture, Value
 from lightning_nas.supernet import Supernet
 
@@ -139,7 +140,7 @@ def _counted(
             fake = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(counter)
         inputs = tree_map(partial(_placed, device, fake), example)
-        _call(network, inputs)
+        call(network, inputs)
     inside = {block: flops // 2 for block, flops in spent.items()}
     return _Counts(counter.get_total_flops() // 2, inside, dict(works))
 
@@ -188,9 +189,3 @@ def _names_in_copy(supernet: Supernet, kept: tuple[int, ...]) -> Callable[[str],
         return renamed[old] + name[len(old) :] if old in renamed else None
 
     return name_there
-
-
-def _call(network: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return network(**inputs)
-    return network(*inputs) if isinstance(inputs, tuple) else network(inputs)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lightning_nas.costs.cost import CountTable, Term, costs
 from lightning_nas.space import Value
 from lightning_nas.supernet import Segment, Supernet
 
-__all__ = ["Parameters"]
+__all__ = ["Parameters", "tensor_terms"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -36,19 +37,7 @@ class Parameters:
     _table: CountTable = field(init=False)
 
     def __post_init__(self) -> None:
-        anatomy = self.supernet.anatomy
-        elastic = {
-            f"{part.module}.{name}".lstrip("."): axes
-            for part in anatomy.parts
-            for name, axes in part.axes.items()
-        }
-        temporary = {f"{part.module}.{name}".lstrip(".") for part in anatomy.parts for name in part.temporary}
-        terms = []
-        for name, parameter in self.supernet.model.named_parameters():  # a shared one comes once
-            if name in temporary:
-                continue
-            axes = elastic.get(name, tuple((Segment(length),) for length in parameter.shape))
-            terms.append(Term(anatomy.block_of(name), 1, axes))
+        terms = tensor_terms(self.supernet, self.supernet.model.named_parameters())  # a shared one comes once
         object.__setattr__(self, "_table", CountTable(self.supernet.fit, terms))
 
     def __repr__(self) -> str:
@@ -66,3 +55,22 @@ class Parameters:
 @costs.register("params")
 def _parameters(supernet: Supernet, example_inputs: Any) -> Parameters:
     return Parameters(supernet)
+
+
+def tensor_terms(
+    supernet: Supernet,
+    tensors: Iterable[tuple[str, Tensor]],
+    each: Callable[[Tensor], int] = lambda tensor: 1,
+) -> Iterator[Term]:
+    """What tensors of a network count in its subnetworks: their entries, times what ``each`` entry counts."""
+    anatomy = supernet.anatomy
+    elastic = {
+        f"{part.module}.{name}".lstrip("."): axes
+        for part in anatomy.parts
+        for name, axes in part.axes.items()
+    }
+    temporary = {f"{part.module}.{name}".lstrip(".") for part in anatomy.parts for name in part.temporary}
+    for name, tensor in tensors:
+        if name not in temporary:
+            axes = elastic.get(name, tuple((Segment(length),) for length in tensor.shape))
+            yield Term(anatomy.block_of(name), each(tensor), axes)
