@@ -13,21 +13,26 @@ from lightning_nas.objectives import Maximize, Minimize
 from lightning_nas.results import Candidate, SearchResult
 from lightning_nas.sampling import Largest, MultiArchitectural, Progressive, Random, Sandwich
 from lightning_nas.saving import load, save
+from lightning_nas.scalarizations import AbsoluteReward, Chebyshev, HingeReward, MnasNetReward
 from lightning_nas.space import Architecture, Choice, Depth, SearchSpace
 from lightning_nas.study import search
 from lightning_nas.supernet import Supernet, elastic
 
 __all__ = [
+    "AbsoluteReward",
     "Architecture",
     "Both",
     "Candidate",
+    "Chebyshev",
     "Choice",
     "Depth",
     "HiddenStates",
+    "HingeReward",
     "InstaTuneLoss",
     "Largest",
     "Maximize",
     "Minimize",
+    "MnasNetReward",
     "MultiArchitectural",
     "NASError",
     "NoMatchError",

@@ -10,7 +10,16 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from lightning_nas.objectives import Bound, Cost, Limit, Maximize, Minimize, Objective
+from lightning_nas.objectives import (
+    Bound,
+    Cost,
+    Limit,
+    Maximize,
+    Minimize,
+    Objective,
+    Scalarization,
+    name_of,
+)
 from lightning_nas.registry import nearest
 from lightning_nas.space import Architecture, SearchSpace
 
@@ -45,12 +54,13 @@ class Problem:
             )
         limits = Limit.all_of(constraints, "search: constraints")
         costs: dict[str, Cost] = {}
-        for quantity in (*(objective.quantity for objective in objectives), *(constraints or {})):
+        parts = [part for objective in objectives for part in objective.parts]
+        for quantity in (*parts, *(constraints or {})):
             if not isinstance(quantity, str) and costs.setdefault(quantity.name, quantity) is not quantity:
                 raise ValueError(
                     f"search: two costs are named {quantity.name!r}; give the same one in both places."
                 )
-        for name in (*names, *(limit.name for limit in limits)):
+        for name in (*names, *(name_of(part, "search") for part in parts), *(limit.name for limit in limits)):
             if name in space:
                 raise ValueError(
                     f"search: {name!r} is a choice of the space and cannot also be a measured value."
@@ -63,6 +73,17 @@ class Problem:
         return tuple(
             dict.fromkeys((*(o.name for o in self.objectives), *(limit.name for limit in self.limits)))
         )
+
+    @cached_property
+    def scalarizations(self) -> dict[str, Scalarization]:
+        """The objectives that are computed from other values, by name."""
+        return {o.name: o.quantity for o in self.objectives if isinstance(o.quantity, Scalarization)}
+
+    @cached_property
+    def sources(self) -> tuple[str, ...]:
+        """The values that must be measured or be costs: what is needed, or what that is computed from."""
+        parts = (name_of(part, "search") for o in self.objectives for part in o.parts)
+        return tuple(dict.fromkeys((*parts, *(limit.name for limit in self.limits))))
 
     @cached_property
     def analytic(self) -> tuple[Limit, ...]:
@@ -95,20 +116,21 @@ class Problem:
                 f"got {measured!r}."
             )
         for name in measured:
-            if name in costs or name in self.space:
-                taken = "a cost" if name in costs else "a choice of the space"
+            if name in costs or name in self.space or name in self.scalarizations:
+                taken = "a choice of the space" if name in self.space else "a cost or a scalarization"
                 raise ValueError(
                     f"search: evaluate returned {name!r}, which is also the name of {taken}; rename one."
                 )
-        for name in self.needed:
+        for name in self.sources:
             if name not in measured and name not in costs:
                 raise ValueError(f"search: evaluate returned no {name!r}. {nearest(name, measured)}")
         try:
-            return {**costs, **{name: float(value) for name, value in measured.items()}}
+            values = {**costs, **{name: float(value) for name, value in measured.items()}}
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"search: evaluate must return plain numbers ({error}), got {measured!r}."
             ) from error
+        return {**values, **{name: float(of(values)) for name, of in self.scalarizations.items()}}
 
     def excess(self, costs: Mapping[str, float]) -> float:
         """How far costs are beyond their constraints, relative to the bounds; 0 if all are kept."""
