@@ -1,6 +1,6 @@
 """Families of smaller networks out of one fine-tuning run."""
 
-from lightning_nas import costs, strategies, supernet
+from lightning_nas import costs, evaluation, strategies, supernet
 from lightning_nas.distillation import Both, HiddenStates, InstaTuneLoss, Relations, Task, Teacher
 from lightning_nas.errors import (
     NASError,
@@ -9,6 +9,7 @@ from lightning_nas.errors import (
     StudyMismatchError,
     UnsupportedError,
 )
+from lightning_nas.evaluation.comparison import Comparison, compare
 from lightning_nas.objectives import Maximize, Minimize
 from lightning_nas.results import Candidate, SearchResult
 from lightning_nas.sampling import Largest, MultiArchitectural, Progressive, Random, Sandwich
@@ -25,6 +26,7 @@ __all__ = [
     "Candidate",
     "Chebyshev",
     "Choice",
+    "Comparison",
     "Depth",
     "HiddenStates",
     "HingeReward",
@@ -48,8 +50,10 @@ __all__ = [
     "Task",
     "Teacher",
     "UnsupportedError",
+    "compare",
     "costs",
     "elastic",
+    "evaluation",
     "load",
     "save",
     "search",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -86,6 +87,11 @@ class Problem:
         return tuple(dict.fromkeys((*parts, *(limit.name for limit in self.limits))))
 
     @cached_property
+    def computed(self) -> frozenset[str]:
+        """The values that are not measured."""
+        return frozenset((*self.costs, *self.scalarizations))
+
+    @cached_property
     def analytic(self) -> tuple[Limit, ...]:
         """The constraints that are decided before evaluation."""
         return tuple(limit for limit in self.limits if limit.name in self.costs)
@@ -131,6 +137,11 @@ class Problem:
                 f"search: evaluate must return plain numbers ({error}), got {measured!r}."
             ) from error
         return {**values, **{name: float(of(values)) for name, of in self.scalarizations.items()}}
+
+    def fault(self, values: Mapping[str, float]) -> str | None:
+        """Why a candidate with these values has failed; None if it has not."""
+        unusable = [f"{name} is {values[name]}" for name in self.needed if not math.isfinite(values[name])]
+        return ", ".join(unusable) or None
 
     def excess(self, costs: Mapping[str, float]) -> float:
         """How far costs are beyond their constraints, relative to the bounds; 0 if all are kept."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ from lightning_nas.results import Candidate, SearchResult, hypervolume, keeps, l
 from lightning_nas.space import Architecture, SearchSpace, Value
 from lightning_nas.strategies import Strategy, strategies
 
-__all__ = ["Evaluate", "OnCandidate", "search"]
+__all__ = ["Evaluate", "OnCandidate", "resolved", "search"]
 
 Evaluate: TypeAlias = Callable[[Architecture], Mapping[str, float]]
 OnCandidate: TypeAlias = Callable[[Candidate, SearchResult], None]
@@ -102,7 +101,7 @@ def search(
         Architecture({'width': 3, 'depth': 1})
     """
     problem = Problem.checked(space, objectives, constraints)
-    strategy = _strategy(strategy)
+    strategy = resolved(strategy)
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
         raise ValueError(f"search: budget is a number of evaluations and must be at least 1, got {budget!r}.")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
@@ -133,14 +132,10 @@ def search(
                 _say_where(error, name, proposal.architecture, record)
                 raise
             values = problem.values(measured, proposal.costs)
-            unusable = [n for n in problem.needed if not math.isfinite(values[n])]
-            if unusable:
-                reason = ", ".join(f"{n} is {values[n]}" for n in unusable)
-                proposals.told(record.add(proposal, values, reason))
-            else:
-                proposals.told(record.add(proposal, values))
-                if on_candidate is not None:
-                    on_candidate(record.candidates[-1], result())
+            fault = problem.fault(values)
+            proposals.told(record.add(proposal, values, fault))
+            if fault is None and on_candidate is not None:
+                on_candidate(record.candidates[-1], result())
             bar.update(proposals)
     return result()
 
@@ -204,7 +199,13 @@ class _Progress:
         return np.max(losses(problem.objectives, known), axis=0)  # type: ignore[no-any-return]  # numpy's stubs
 
 
-def _strategy(strategy: str | Strategy) -> Strategy:
+def resolved(strategy: str | Strategy) -> Strategy:
+    """The strategy of a name, or the one given.
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for what is no strategy.
+    """
     if isinstance(strategy, str):
         return strategies[strategy]()
     if isinstance(strategy, type) or not callable(getattr(strategy, "sampler", None)):
