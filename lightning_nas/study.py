@@ -58,8 +58,9 @@ def search(
         space: the architectures to choose from.
         evaluate: measures one architecture: ``evaluate(arch) -> {"accuracy": 0.9, ...}``.
         objectives: at least one of ``Maximize(...)`` and ``Minimize(...)``; each names a value that
-            ``evaluate`` returns, or is a cost.
-        strategy: a registered name (``"nsga2"``, ``"random"``) or an instance (``NSGA2(population=20)``).
+            ``evaluate`` returns, or is a cost, or a scalarization of both (``MnasNetReward``).
+        strategy: a registered name (``"nsga2"``, ``"tpe"``; all are in ``nas.strategies.strategies``) or an
+            instance (``NSGA2(population=20)``).
         budget: evaluations of the whole study, failed ones and those of earlier calls included.
         storage: an Optuna storage or its URL (``"sqlite:///search.db"``), the path of a journal file,
             ``"memory"`` for none; None: the journal file ``nas_studies/<name>.log``.

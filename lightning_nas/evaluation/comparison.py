@@ -75,7 +75,7 @@ class Comparison:
         Columns: ``median``, ``lower quartile`` and ``upper quartile`` over seeds; ``gain``, the mean by which
         it is better than random search (above 0 in both directions of an objective), within ``gain from`` and
         ``gain to``, Welch's interval; ``evaluations``, the median number after which a run has what random
-        search has at the end in the median (infinite where half of them or more never have).
+        search has at the end in the (lower) median; infinite where half of the runs or more never have.
 
         Args:
             confidence: of the interval of the gain.
@@ -90,7 +90,7 @@ class Comparison:
             if strategy != "random":
                 gain = difference_of_means(gains[:, -1], random, confidence)
                 row |= {"gain": gain.estimate, "gain from": gain.low, "gain to": gain.high}
-            reached = gains >= np.median(random)
+            reached = gains >= np.quantile(random, 0.5, method="lower")
             counts = np.where(reached.any(axis=1), reached.argmax(axis=1) + 1, np.inf)
             row["evaluations"] = np.quantile(counts, 0.5, method="higher")  # no mean with an infinite one
             rows[strategy] = row
@@ -137,8 +137,8 @@ class Comparison:
         for strategy, curves in self.curves.items():
             lower, median, upper = np.quantile(curves, (0.25, 0.5, 0.75), axis=0)
             counts = np.arange(1, len(median) + 1)
-            style = {"color": "0.5", "linestyle": "--"} if strategy == "random" else {}
-            (line,) = axes.plot(counts, median, label=strategy, **style)
+            color, style = ("0.5", "--") if strategy == "random" else (None, "-")
+            (line,) = axes.plot(counts, median, label=strategy, color=color, linestyle=style)
             axes.fill_between(counts, lower, upper, color=line.get_color(), alpha=0.2, linewidth=0)
         axes.set_xlabel("evaluations")
         single = len(self.objectives) == 1
@@ -227,8 +227,10 @@ def compare(
     problem = Problem.checked(space, objectives, constraints)
     named = _named(strategies)
     numbers = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
-    if not numbers or len(set(numbers)) < len(numbers):
-        raise ValueError(f"compare: seeds must be at least one, and each once, got {seeds!r}.")
+    if not numbers or len(set(numbers)) < len(numbers) or min(numbers) < 0:
+        raise ValueError(f"compare: seeds must be at least one, each once and from 0 up, got {seeds!r}.")
+    if budget < 1:
+        raise ValueError(f"compare: budget is a number of evaluations and must be at least 1, got {budget}.")
     names = [objective.name for objective in problem.objectives]
     if reference is not None and set(reference) != set(names):
         raise ValueError(

@@ -72,9 +72,9 @@ class NSGA2Sampler(NSGAIISampler):
 
     def __init__(self, settings: NSGA2, space: SearchSpace, budget: int, seed: int, proposal: int) -> None:
         operators, draws = seeds(seed, proposal, 2)
-        population = settings.population
+        self.count = min(50, max(10, budget // 20)) if settings.population is None else settings.population
         super().__init__(
-            population_size=min(50, max(10, budget // 20)) if population is None else population,
+            population_size=self.count,
             crossover_prob=settings.crossover,
             swapping_prob=settings.swapping,
             mutation_prob=settings.mutation,

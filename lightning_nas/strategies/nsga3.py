@@ -57,7 +57,7 @@ class _NSGA3Sampler(NSGA2Sampler):
         kept = survivors(
             np.array([member.values for member in members]) * signs,
             np.array([sum(max(0.0, v) for v in (m.constraints or {}).values()) for m in members]),
-            self.population_size,
+            self.count,
             np.random.default_rng(
                 seeds(self._seed, generation, 1)
             ),  # equal for all children, and on resuming
