@@ -22,7 +22,7 @@ from lightning_nas.results import Candidate, SearchResult, hypervolume, keeps, l
 from lightning_nas.space import Architecture, SearchSpace, Value
 from lightning_nas.strategies import Strategy, strategies
 
-__all__ = ["Evaluate", "OnCandidate", "resolved", "search"]
+__all__ = ["Evaluate", "OnCandidate", "resolved", "say_where", "search"]
 
 Evaluate: TypeAlias = Callable[[Architecture], Mapping[str, float]]
 OnCandidate: TypeAlias = Callable[[Candidate, SearchResult], None]
@@ -130,7 +130,7 @@ def search(
             try:
                 measured = evaluate(proposal.architecture)
             except BaseException as error:
-                _say_where(error, name, proposal.architecture, record)
+                say_where(error, f"search {name!r}", proposal.architecture, record)
                 raise
             values = problem.values(measured, proposal.costs)
             fault = problem.fault(values)
@@ -217,11 +217,11 @@ def resolved(strategy: str | Strategy) -> Strategy:
     return strategy
 
 
-def _say_where(error: BaseException, name: str, architecture: Architecture, record: Record) -> None:
-    note = (
-        f"search {name!r}: evaluate was stopped by this at {architecture!r}. {len(record)} finished "
-        f"evaluations are kept in {record.where}"
-        + ("." if record.where == "memory" else "; the same call continues from them.")
-    )
+def say_where(error: BaseException, where: str, architecture: Architecture, record: Record) -> None:
+    """Add to an error of ``evaluate`` at which architecture it came, and what is not lost."""
+    note = f"{where}: evaluate was stopped by this at {architecture!r}."
+    if record.where != "memory":
+        note += f" {len(record)} finished evaluations are kept in {record.where}; the same call continues "
+        note += "from them."
     if hasattr(error, "add_note"):  # Python 3.11
         error.add_note(note)

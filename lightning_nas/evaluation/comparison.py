@@ -21,7 +21,7 @@ from lightning_nas.objectives import Bound, Maximize, Objective
 from lightning_nas.results import Candidate, SearchResult, keeps, losses
 from lightning_nas.space import Architecture, SearchSpace
 from lightning_nas.strategies import Random, Strategy
-from lightning_nas.study import Evaluate, resolved, search
+from lightning_nas.study import Evaluate, resolved, say_where, search
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,15 +94,8 @@ class Comparison:
             counts = np.where(reached.any(axis=1), reached.argmax(axis=1) + 1, np.inf)
             row["evaluations"] = np.quantile(counts, 0.5, method="higher")  # no mean with an infinite one
             rows[strategy] = row
-        columns = [
-            "median",
-            "lower quartile",
-            "upper quartile",
-            "gain",
-            "gain from",
-            "gain to",
-            "evaluations",
-        ]
+        quartiles, interval = ["median", "lower quartile", "upper quartile"], ["gain", "gain from", "gain to"]
+        columns = [*quartiles, *interval, "evaluations"]
         return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("strategy")
 
     def to_markdown(self, confidence: float = 0.95) -> str:
@@ -248,7 +241,7 @@ def compare(
                 counted = answers.begin(bar)
                 result = search(
                     space, answers, problem.objectives, strategy=strategy, budget=budget, storage="memory",
-                    seed=seed, constraints=constraints, progress=False,
+                    name=f"{label}, seed {seed}", seed=seed, constraints=constraints, progress=False,
                 )  # fmt: skip
                 bar.update(budget - len(counted))
                 results[label].append(result)
@@ -300,16 +293,23 @@ class _Answers:
     def __call__(self, architecture: Architecture) -> dict[str, float]:
         values = self.known.get(architecture.key)
         if values is None:
-            costs = self.problem.costs_of(architecture)
-            values = self.problem.values(self.evaluate(architecture), costs)
-            self.record.add(
-                Proposal(architecture, costs, len(self.record), {}), values, self.problem.fault(values)
-            )
-            self.known[architecture.key] = values
+            values = self.known[architecture.key] = self._evaluated(architecture)
         self.counted.append(Candidate(architecture, values))
         self.bar.set_postfix(evaluated=len(self.record), refresh=False)
         self.bar.update()
         return self._measured(values)
+
+    def _evaluated(self, architecture: Architecture) -> dict[str, float]:
+        costs = self.problem.costs_of(architecture)
+        try:
+            measured = self.evaluate(architecture)
+        except BaseException as error:
+            say_where(error, "compare", architecture, self.record)
+            raise
+        values = self.problem.values(measured, costs)
+        proposal = Proposal(architecture, costs, len(self.record), {})
+        self.record.add(proposal, values, self.problem.fault(values))
+        return values
 
     def _measured(self, values: Mapping[str, float]) -> dict[str, float]:
         return {name: value for name, value in values.items() if name not in self.problem.computed}

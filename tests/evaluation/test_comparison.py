@@ -1,4 +1,5 @@
 import math
+import sys
 import warnings
 
 import matplotlib
@@ -62,8 +63,12 @@ def test_an_architecture_is_evaluated_once_whoever_asks_for_it():
 def test_a_comparison_that_was_stopped_continues_and_a_larger_one_pays_for_what_is_new(tmp_path):
     settings = {"budget": 30, "progress": False, "reference": {"gain": -3.0, "price": 9.0}}
     stored = {**settings, "storage": tmp_path / "c.log"}
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as stopped:
         nas.compare(["nsga2"], SPACE, Counting(stop_after=50), OBJECTIVES, seeds=2, **stored)
+    if sys.version_info >= (3, 11):
+        kept, where = stopped.value.__notes__
+        assert "50 finished evaluations are kept in" in kept
+        assert "search 'random, seed 0': evaluate was stopped" in where
     rest, whole = Counting(), Counting()
     continued = nas.compare(["nsga2"], SPACE, rest, OBJECTIVES, seeds=2, **stored)
     straight = nas.compare(["nsga2"], SPACE, whole, OBJECTIVES, seeds=2, storage="memory", **settings)
