@@ -30,8 +30,8 @@ from lightning_nas.objectives import Cost, Limit, Maximize, Minimize, Objective
 from lightning_nas.registry import nearest
 from lightning_nas.results import Candidate, SearchResult
 from lightning_nas.space import Architecture
-from lightning_nas.strategies import Strategy, strategies
-from lightning_nas.study import search
+from lightning_nas.strategies import Strategy
+from lightning_nas.study import resolved, search
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -98,7 +98,7 @@ class InstaTune(SupernetTraining):
             if isinstance(cost, str) and cost not in known_costs:
                 raise ValueError(f"InstaTune: unknown cost {cost!r}. {nearest(cost, known_costs)}")
         self.monitor, self.mode, self.costs, self.budget = monitor, mode, tuple(costs), budget
-        self.strategy = _strategy(strategy)
+        self.strategy = resolved(strategy)
         self.storage, self.constraints, self.folder = storage, constraints, folder
         Limit.all_of(constraints, "InstaTune")  # names a wrong bound now, not after training
         self.result: SearchResult | None = None
@@ -188,7 +188,7 @@ class InstaTune(SupernetTraining):
             ValueError: if the module does not log ``monitor``; lists what it logs.
         """
         self._attach(module, may_be_missing=False)
-        changes = {"strategy": _strategy(strategy) if strategy else None, "budget": budget, "folder": folder}
+        changes = {"strategy": resolved(strategy) if strategy else None, "budget": budget, "folder": folder}
         with ExitStack() as undo:
             for name, value in changes.items():
                 if value is not None:
@@ -223,7 +223,8 @@ class InstaTune(SupernetTraining):
             folder.mkdir(parents=True, exist_ok=True)
 
         constraints = self._constraints(objectives, example)
-        taken = {*supernet.space.names, *(o.name for o in objectives[1:]), *known_costs}
+        costs = {quantity.name for quantity in constraints if not isinstance(quantity, str)}
+        taken = {*supernet.space.names, *(o.name for o in objectives[1:]), *costs}
 
         def evaluate(architecture: Architecture) -> dict[str, float]:
             logged = self.evaluate(trainer, pl_module, architecture)
@@ -284,12 +285,12 @@ class InstaTune(SupernetTraining):
     def _constraints(self, objectives: Sequence[Objective], example: Any) -> dict[Any, tuple[str, float]]:
         """The bounds, with each named cost as the object that counts it."""
         counted = {o.name: o.quantity for o in objectives if not isinstance(o.quantity, str)}
-        resolved: dict[Any, tuple[str, float]] = {}
+        bounds: dict[Any, tuple[str, float]] = {}
         for quantity, bound in (self.constraints or {}).items():
             if isinstance(quantity, str) and quantity in known_costs:
                 quantity = counted.get(quantity) or resolve(quantity, self._require(), example)
-            resolved[quantity] = bound
-        return resolved
+            bounds[quantity] = bound
+        return bounds
 
     # --- what the user gets
 
@@ -354,10 +355,6 @@ class InstaTune(SupernetTraining):
                 '    nas.save(small, "small/")                 # nas.load("small/")',
             ]
         return "\n".join(lines)
-
-
-def _strategy(strategy: str | Strategy) -> Strategy:
-    return strategies[strategy]() if isinstance(strategy, str) else strategy
 
 
 def _fingerprint(network: nn.Module) -> str:

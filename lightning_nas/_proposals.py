@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import chain
 
@@ -47,7 +48,9 @@ class Proposals:
         self.duplicates = self.rejected = 0
         self._number = record.next_proposal
         self._nearest: dict[str, float] | None = None
-        self._initial = [a for a in dict.fromkeys(initial) if self._keeps(problem.costs_of(a))]
+        self._initial = [
+            a for a in dict.fromkeys(initial) if self._keeps(problem.costs_of(a, problem.bounded))
+        ]
         with quiet_optuna():
             directions = [objective.direction for objective in problem.objectives]
             self._study = optuna.create_study(directions=directions)
@@ -69,10 +72,10 @@ class Proposals:
             if proposal.architecture.key in self.record.keys:
                 self.duplicates += 1
             elif self._keeps(proposal.costs):
-                return proposal
+                return self._counted(proposal)
         unseen = self._unseen(np.random.default_rng((self.seed, self._number)))
         if unseen is not None:
-            return self._ask(unseen)
+            return self._counted(self._ask(unseen))
         self._say_why_none_is_left()
         return None
 
@@ -87,8 +90,15 @@ class Proposals:
         self._number += 1
         architecture = self.problem.space.canonical(asked.params) if instead is None else instead
         return Proposal(
-            architecture, self.problem.costs_of(architecture), self._number - 1, asked.system_attrs
+            architecture,
+            self.problem.costs_of(architecture, self.problem.bounded),
+            self._number - 1,
+            asked.system_attrs,
         )
+
+    def _counted(self, proposal: Proposal) -> Proposal:
+        """With all its costs: some take time to measure, and only what will be evaluated is worth it."""
+        return replace(proposal, costs=self.problem.costs_of(proposal.architecture))
 
     def _keeps(self, costs: dict[str, float]) -> bool:
         excess = self.problem.excess(costs)
@@ -98,13 +108,15 @@ class Proposals:
         return excess <= 0
 
     def _is_wanted(self, architecture: Architecture) -> bool:
-        return architecture.key not in self.record.keys and self._keeps(self.problem.costs_of(architecture))
+        return architecture.key not in self.record.keys and self._keeps(
+            self.problem.costs_of(architecture, self.problem.bounded)
+        )
 
     @cached_property
     def _feasible(self) -> dict[str, Architecture]:
         """Every architecture of a small space that keeps the constraints on costs, by key."""
         everything = list(self.problem.space.enumerate())
-        costs = self.problem.costs_of_all(everything)
+        costs = self.problem.costs_of_all(everything, self.problem.bounded)
         self._nearest = min(
             (c for c in costs if self.problem.excess(c) > 0), key=self.problem.excess, default=None
         )
@@ -133,7 +145,7 @@ class Proposals:
         """Step to a neighbour that breaks the constraints less, until none does."""
 
         def excess(of: Architecture) -> float:
-            return self.problem.excess(self.problem.costs_of(of))
+            return self.problem.excess(self.problem.costs_of(of, self.problem.bounded))
 
         here = excess(architecture)
         while here > 0:

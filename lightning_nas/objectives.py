@@ -1,4 +1,4 @@
-"""What a search is asked for: costs, objectives and limits."""
+"""What a search is asked for: costs, scalarizations, objectives and limits."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from lightning_nas.space import Architecture
 
-__all__ = ["Bound", "Cost", "Limit", "Maximize", "Minimize", "Objective"]
+__all__ = ["Bound", "Cost", "Limit", "Maximize", "Minimize", "Objective", "Scalarization", "name_of"]
 
 
 @runtime_checkable
 class Cost(Protocol):
-    """An architecture to a number with a unit, known without measuring anything.
+    """An architecture to a number with a unit, known without evaluating it.
 
     One that can also count many architectures at once has a method ``many(architectures)``, which returns an
     array.
@@ -31,6 +31,26 @@ class Cost(Protocol):
 
     def __call__(self, architecture: Architecture, /) -> float:
         """The cost of one architecture."""
+
+
+@runtime_checkable
+class Scalarization(Protocol):
+    """Several quantities in one number, for a search with a single objective."""
+
+    @property
+    def name(self) -> str:
+        """What the number is called; it tells the settings too, for a stored study is known again by it."""
+
+    @property
+    def unit(self) -> str:
+        """What it is counted in; may be empty."""
+
+    @property
+    def parts(self) -> tuple[str | Cost, ...]:
+        """What it is made of: names among the values that ``evaluate`` returns, and costs."""
+
+    def __call__(self, values: Mapping[str, float], /) -> float:
+        """The number, from the values of a candidate by name."""
 
 
 Bound: TypeAlias = tuple[str, float]
@@ -49,19 +69,19 @@ class _Directed:
     """A quantity with a direction.
 
     Args:
-        quantity: a name among the values that ``evaluate`` returns, or a cost.
-        unit: of a named quantity, for tables and plots; a cost brings its own.
+        quantity: a name among the values that ``evaluate`` returns, a cost, or a scalarization.
+        unit: of a named quantity, for tables and plots; the others bring their own.
 
     Raises:
         TypeError: if the quantity is neither a name nor a callable with ``.name`` and ``.unit``.
         ValueError: for an empty name, or a unit given beside a cost.
     """
 
-    quantity: str | Cost
+    quantity: str | Cost | Scalarization
     unit: str = ""
 
     def __post_init__(self) -> None:
-        name = _name(self.quantity, type(self).__name__)
+        name = name_of(self.quantity, type(self).__name__)
         if not isinstance(self.quantity, str):
             if self.unit and self.unit != self.quantity.unit:
                 raise ValueError(
@@ -73,7 +93,17 @@ class _Directed:
     @property
     def name(self) -> str:
         """The name of the quantity."""
-        return _name(self.quantity, type(self).__name__)
+        return name_of(self.quantity, type(self).__name__)
+
+    @property
+    def parts(self) -> tuple[str | Cost, ...]:
+        """The names and costs that it is computed from: itself, but for a scalarization."""
+        return self.quantity.parts if isinstance(self.quantity, Scalarization) else (self.quantity,)
+
+    @property
+    def is_cost(self) -> bool:
+        """Whether it is a cost, known before evaluation."""
+        return not isinstance(self.quantity, str | Scalarization)
 
     @property
     def label(self) -> str:
@@ -156,7 +186,9 @@ class Limit:
         """
         limits = []
         for quantity, bound in (bounds or {}).items():  # keys: str or a cost; Mapping is invariant in its key
-            name = _name(quantity, where)
+            name = name_of(quantity, where)
+            if isinstance(quantity, Scalarization):
+                raise TypeError(f"{where}: {name!r} cannot be bounded itself; give bounds on its parts.")
             if not isinstance(bound, Sequence) or isinstance(bound, str) or len(bound) != 2:
                 raise ValueError(
                     f"{where}: {name!r} needs an operator and a number, as ('<=', 2e8), got {bound!r}."
@@ -176,7 +208,13 @@ class Limit:
         return f"{self.name} {self.operator} {self.bound:g}"
 
 
-def _name(quantity: str | Cost, where: str) -> str:
+def name_of(quantity: str | Cost | Scalarization, where: str) -> str:
+    """The name of a quantity.
+
+    Raises:
+        TypeError: if it is neither a name nor a callable with ``.name`` and ``.unit``.
+        ValueError: if the name is empty.
+    """
     name = quantity if isinstance(quantity, str) else getattr(quantity, "name", None)
     if not isinstance(name, str) or not isinstance(quantity, str | Cost):
         raise TypeError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,16 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 
-from lightning_nas.objectives import Bound, Cost, Limit, Maximize, Minimize, Objective
+from lightning_nas.objectives import (
+    Bound,
+    Cost,
+    Limit,
+    Maximize,
+    Minimize,
+    Objective,
+    Scalarization,
+    name_of,
+)
 from lightning_nas.registry import nearest
 from lightning_nas.space import Architecture, SearchSpace
 
@@ -51,12 +61,13 @@ class Problem:
             )
         limits = Limit.all_of(constraints, "search: constraints")
         costs: dict[str, Cost] = {}
-        for quantity in (*(objective.quantity for objective in objectives), *(constraints or {})):
+        parts = [part for objective in objectives for part in objective.parts]
+        for quantity in (*parts, *(constraints or {})):
             if not isinstance(quantity, str) and costs.setdefault(quantity.name, quantity) is not quantity:
                 raise ValueError(
                     f"search: two costs are named {quantity.name!r}; give the same one in both places."
                 )
-        for name in (*names, *(limit.name for limit in limits)):
+        for name in (*names, *(name_of(part, "search") for part in parts), *(limit.name for limit in limits)):
             if name in space:
                 raise ValueError(
                     f"search: {name!r} is a choice of the space and cannot also be a measured value."
@@ -71,6 +82,22 @@ class Problem:
         )
 
     @cached_property
+    def scalarizations(self) -> dict[str, Scalarization]:
+        """The objectives that are computed from other values, by name."""
+        return {o.name: o.quantity for o in self.objectives if isinstance(o.quantity, Scalarization)}
+
+    @cached_property
+    def sources(self) -> tuple[str, ...]:
+        """The values that must be measured or be costs: what is needed, or what that is computed from."""
+        parts = (name_of(part, "search") for o in self.objectives for part in o.parts)
+        return tuple(dict.fromkeys((*parts, *(limit.name for limit in self.limits))))
+
+    @cached_property
+    def computed(self) -> frozenset[str]:
+        """The values that are not measured."""
+        return frozenset((*self.costs, *self.scalarizations))
+
+    @cached_property
     def analytic(self) -> tuple[Limit, ...]:
         """The constraints that are decided before evaluation."""
         return tuple(limit for limit in self.limits if limit.name in self.costs)
@@ -80,14 +107,29 @@ class Problem:
         """How Optuna sees the choices."""
         return {choice.name: CategoricalDistribution(choice.values) for choice in self.space}
 
-    def costs_of(self, architecture: Architecture) -> dict[str, float]:
-        """All costs, of objectives and constraints, by name."""
-        return {name: float(cost(architecture)) for name, cost in self.costs.items()}
+    @cached_property
+    def bounded(self) -> dict[str, Cost]:
+        """The costs that have constraints."""
+        return {limit.name: self.costs[limit.name] for limit in self.analytic}
 
-    def costs_of_all(self, architectures: Sequence[Architecture]) -> list[dict[str, float]]:
+    @cached_property
+    def counted(self) -> dict[str, Cost]:
+        """The costs that are computed; those with ``is_measured`` take time, as evaluation does."""
+        return {name: cost for name, cost in self.costs.items() if not getattr(cost, "is_measured", False)}
+
+    def costs_of(
+        self, architecture: Architecture, costs: Mapping[str, Cost] | None = None
+    ) -> dict[str, float]:
+        """All costs, of objectives and constraints, or some of them, by name."""
+        costs = self.costs if costs is None else costs
+        return {name: float(cost(architecture)) for name, cost in costs.items()}
+
+    def costs_of_all(
+        self, architectures: Sequence[Architecture], costs: Mapping[str, Cost] | None = None
+    ) -> list[dict[str, float]]:
         """As :meth:`costs_of`, with each cost's own ``many`` where it has one."""
         rows: list[dict[str, float]] = [{} for _ in architectures]
-        for name, cost in self.costs.items():
+        for name, cost in (self.costs if costs is None else costs).items():
             many: Callable[[Sequence[Architecture]], Iterable[float]] | None = getattr(cost, "many", None)
             for row, value in zip(
                 rows, many(architectures) if many else map(cost, architectures), strict=True
@@ -103,24 +145,35 @@ class Problem:
                 f"got {measured!r}."
             )
         for name in measured:
-            if name in costs or name in self.space:
-                taken = "a cost" if name in costs else "a choice of the space"
+            if name in costs or name in self.space or name in self.scalarizations:
+                taken = "a choice of the space" if name in self.space else "a cost or a scalarization"
                 raise ValueError(
                     f"search: evaluate returned {name!r}, which is also the name of {taken}; rename one."
                 )
-        for name in self.needed:
+        for name in self.sources:
             if name not in measured and name not in costs:
                 raise ValueError(f"search: evaluate returned no {name!r}. {nearest(name, measured)}")
         try:
-            return {**costs, **{name: float(value) for name, value in measured.items()}}
+            values = {**costs, **{name: float(value) for name, value in measured.items()}}
         except (TypeError, ValueError) as error:
             raise TypeError(
                 f"search: evaluate must return plain numbers ({error}), got {measured!r}."
             ) from error
+        return {**values, **{name: float(of(values)) for name, of in self.scalarizations.items()}}
+
+    def fault(self, values: Mapping[str, float]) -> str | None:
+        """Why a candidate with these values has failed; None if it has not."""
+        unusable = [f"{name} is {values[name]}" for name in self.needed if not math.isfinite(values[name])]
+        return ", ".join(unusable) or None
 
     def excess(self, costs: Mapping[str, float]) -> float:
-        """How far costs are beyond their constraints, relative to the bounds; 0 if all are kept."""
-        broken = [limit for limit in self.analytic if not limit.holds(costs[limit.name])]
+        """How far values are beyond the constraints on costs, relative to the bounds; 0 if all are kept."""
+        return self.excess_of(self.analytic, costs)
+
+    @staticmethod
+    def excess_of(limits: Iterable[Limit], costs: Mapping[str, float]) -> float:
+        """As :meth:`excess`, for some constraints."""
+        broken = [limit for limit in limits if not limit.holds(costs[limit.name])]
         return sum(
             max(limit.excess(costs[limit.name]) / (abs(limit.bound) or 1.0), 1e-12) for limit in broken
         )

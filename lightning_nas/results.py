@@ -231,7 +231,7 @@ class SearchResult:
 
     @property
     def _axis(self) -> Objective:
-        costs = [o for o in self.objectives if not isinstance(o.quantity, str)]
+        costs = [o for o in self.objectives if o.is_cost]
         return [*costs, *(o for o in self.objectives if isinstance(o, Minimize)), *self.objectives][0]
 
     def _losses(self, candidates: Sequence[Candidate]) -> NDArray[np.float64]:

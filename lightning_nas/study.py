@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +22,7 @@ from lightning_nas.results import Candidate, SearchResult, hypervolume, keeps, l
 from lightning_nas.space import Architecture, SearchSpace, Value
 from lightning_nas.strategies import Strategy, strategies
 
-__all__ = ["Evaluate", "OnCandidate", "search"]
+__all__ = ["Evaluate", "OnCandidate", "resolved", "say_where", "search"]
 
 Evaluate: TypeAlias = Callable[[Architecture], Mapping[str, float]]
 OnCandidate: TypeAlias = Callable[[Candidate, SearchResult], None]
@@ -59,8 +58,9 @@ def search(
         space: the architectures to choose from.
         evaluate: measures one architecture: ``evaluate(arch) -> {"accuracy": 0.9, ...}``.
         objectives: at least one of ``Maximize(...)`` and ``Minimize(...)``; each names a value that
-            ``evaluate`` returns, or is a cost.
-        strategy: a registered name (``"nsga2"``, ``"random"``) or an instance (``NSGA2(population=20)``).
+            ``evaluate`` returns, or is a cost, or a scalarization of both (``MnasNetReward``).
+        strategy: a registered name (``"nsga2"``, ``"tpe"``; all are in ``nas.strategies.strategies``) or an
+            instance (``NSGA2(population=20)``).
         budget: evaluations of the whole study, failed ones and those of earlier calls included.
         storage: an Optuna storage or its URL (``"sqlite:///search.db"``), the path of a journal file,
             ``"memory"`` for none; None: the journal file ``nas_studies/<name>.log``.
@@ -102,7 +102,7 @@ def search(
         Architecture({'width': 3, 'depth': 1})
     """
     problem = Problem.checked(space, objectives, constraints)
-    strategy = _strategy(strategy)
+    strategy = resolved(strategy)
     if isinstance(budget, bool) or not isinstance(budget, int) or budget < 1:
         raise ValueError(f"search: budget is a number of evaluations and must be at least 1, got {budget!r}.")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
@@ -130,17 +130,13 @@ def search(
             try:
                 measured = evaluate(proposal.architecture)
             except BaseException as error:
-                _say_where(error, name, proposal.architecture, record)
+                say_where(error, f"search {name!r}", proposal.architecture, record)
                 raise
             values = problem.values(measured, proposal.costs)
-            unusable = [n for n in problem.needed if not math.isfinite(values[n])]
-            if unusable:
-                reason = ", ".join(f"{n} is {values[n]}" for n in unusable)
-                proposals.told(record.add(proposal, values, reason))
-            else:
-                proposals.told(record.add(proposal, values))
-                if on_candidate is not None:
-                    on_candidate(record.candidates[-1], result())
+            fault = problem.fault(values)
+            proposals.told(record.add(proposal, values, fault))
+            if fault is None and on_candidate is not None:
+                on_candidate(record.candidates[-1], result())
             bar.update(proposals)
     return result()
 
@@ -204,7 +200,13 @@ class _Progress:
         return np.max(losses(problem.objectives, known), axis=0)  # type: ignore[no-any-return]  # numpy's stubs
 
 
-def _strategy(strategy: str | Strategy) -> Strategy:
+def resolved(strategy: str | Strategy) -> Strategy:
+    """The strategy of a name, or the one given.
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for what is no strategy.
+    """
     if isinstance(strategy, str):
         return strategies[strategy]()
     if isinstance(strategy, type) or not callable(getattr(strategy, "sampler", None)):
@@ -215,11 +217,11 @@ def _strategy(strategy: str | Strategy) -> Strategy:
     return strategy
 
 
-def _say_where(error: BaseException, name: str, architecture: Architecture, record: Record) -> None:
-    note = (
-        f"search {name!r}: evaluate was stopped by this at {architecture!r}. {len(record)} finished "
-        f"evaluations are kept in {record.where}"
-        + ("." if record.where == "memory" else "; the same call continues from them.")
-    )
+def say_where(error: BaseException, where: str, architecture: Architecture, record: Record) -> None:
+    """Add to an error of ``evaluate`` at which architecture it came, and what is not lost."""
+    note = f"{where}: evaluate was stopped by this at {architecture!r}."
+    if record.where != "memory":
+        note += f" {len(record)} finished evaluations are kept in {record.where}; the same call continues "
+        note += "from them."
     if hasattr(error, "add_note"):  # Python 3.11
         error.add_note(note)

@@ -550,7 +550,7 @@ def test_a_search_without_progress_prints_nothing(capsys, tmp_path):
         ({"objectives": ["accuracy"]}, TypeError, r"Maximize\(...\) or Minimize\(...\), got 'accuracy'"),
         ({"objectives": [Maximize("a1"), Minimize("a1")]}, ValueError, "more than once: 'a1'"),
         ({"objectives": [Maximize("depth")]}, ValueError, "'depth' is a choice of the space"),
-        ({"strategy": "nsga3"}, ValueError, "Unknown strategy 'nsga3'. Did you mean 'nsga2'.*'random'"),
+        ({"strategy": "nsga22"}, ValueError, "Unknown strategy 'nsga22'. Did you mean 'nsga2'.*'random'"),
         ({"strategy": NSGA2}, TypeError, r"an instance.*NSGA2\(population=20\)"),
         ({"constraints": {"macs": 3}}, ValueError, "'macs' needs an operator and a number"),
         ({"constraints": {Cost("macs", len): ("<=", 3)}}, ValueError, "two costs are named 'macs'"),

@@ -49,6 +49,7 @@ class Latency:
     """
 
     name, unit = "latency", "ms"
+    is_measured = True
 
     def __init__(
         self,
@@ -124,6 +125,7 @@ class Throughput:
     """
 
     name, unit = "throughput", "1/s"
+    is_measured = True
 
     def __init__(self, latency: Latency) -> None:
         self.latency = latency

@@ -30,7 +30,7 @@ class MLPEnsemble(Predictor):
         steps: of training.
         lr: learning rate, above 0.
         weight_decay: at least 0.
-        frozen: of these steps after pretraining, those in which only the new head learns.
+        frozen: share of these steps after pretraining in which only the new head learns, in [0, 1).
         seed: of their first weights.
 
     Raises:
@@ -46,13 +46,13 @@ class MLPEnsemble(Predictor):
         steps: int = 200,
         lr: float = 3e-3,
         weight_decay: float = 0.01,
-        frozen: int = 50,
+        frozen: float = 0.25,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if min(members, width, steps) < 1 or not 0 <= frozen < steps:
+        if min(members, width, steps) < 1 or not 0 <= frozen < 1:
             raise ValueError(
-                "MLPEnsemble: members, width and steps must be at least 1 and frozen in [0, steps), got "
+                "MLPEnsemble: members, width and steps must be at least 1 and frozen in [0, 1), got "
                 f"{members}, {width}, {steps} and {frozen}."
             )
         if lr <= 0 or weight_decay < 0:
@@ -104,7 +104,7 @@ class MLPEnsemble(Predictor):
                     f"MLPEnsemble: it was pretrained on {inputs} features, and these have {x.shape[1]}."
                 )
             layers[:-1] = copy.deepcopy(self._pretrained[:-1])
-        frozen = self.frozen if self._pretrained else 0
+        frozen = round(self.frozen * self.steps) if self._pretrained else 0
         self._layers = self._trained(layers, x, y, self.steps, self.lr, frozen)
 
     @override

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["evolve", "ranked", "spread"]
+__all__ = ["evolve", "ranked", "spread", "unlike"]
 
 Rows = NDArray[np.int64]
 Losses = NDArray[np.float64]
@@ -102,4 +102,27 @@ def spread(losses: Losses, count: int, taken: Losses) -> list[int]:
             left.remove(farthest)
             chosen.append(int(farthest))
             distance = np.minimum(distance, np.abs(points - points[farthest]).sum(1))
+    return chosen
+
+
+def unlike(rows: Rows, known: Rows, count: int) -> list[int]:
+    """The rows that share fewest choices with any known one and with each other, one after the other.
+
+    Args:
+        rows: ``(n, choices)``, better ones first: of equals the first is taken.
+        known: ``(m, choices)``.
+        count: at most so many.
+
+    Returns:
+        Positions of the rows.
+    """
+    distance = np.full(len(rows), rows.shape[1] + 1)
+    for row in known:
+        distance = np.minimum(distance, (rows != row).sum(1))
+    chosen: list[int] = []
+    for _ in range(min(count, len(rows))):
+        farthest = int(distance.argmax())
+        chosen.append(farthest)
+        distance = np.minimum(distance, (rows != rows[farthest]).sum(1))
+        distance[farthest] = -1
     return chosen

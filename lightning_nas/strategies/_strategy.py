@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from optuna.distributions import CategoricalDistribution
+from optuna.samplers import BaseSampler, RandomSampler
 
 from lightning_nas.registry import Registry
 
 if TYPE_CHECKING:
-    from optuna.samplers import BaseSampler
+    from optuna.distributions import BaseDistribution
+    from optuna.study import Study
+    from optuna.trial import FrozenTrial
 
     from lightning_nas.problem import Problem
+    from lightning_nas.space import SearchSpace, Value
 
-__all__ = ["Strategy", "seeds", "strategies"]
+__all__ = ["ProposingSampler", "Strategy", "seeds", "strategies"]
 
 
 class Strategy(Protocol):
@@ -44,3 +50,35 @@ strategies: Registry[type[Strategy]] = Registry("strategy")
 def seeds(seed: int, proposal: int, count: int) -> list[int]:
     """Independent seeds for the generators of one proposal."""
     return [int(word) for word in np.random.SeedSequence((seed, proposal)).generate_state(count)]
+
+
+class ProposingSampler(BaseSampler):
+    """Proposes what a function makes of the study; choices that it leaves out are drawn at random.
+
+    Args:
+        space: that is searched.
+        seed: of the random draws.
+        propose: the study to values by choice; an empty mapping for a random architecture.
+    """
+
+    def __init__(
+        self, space: SearchSpace, seed: int, propose: Callable[[Study], Mapping[str, Value]]
+    ) -> None:
+        self._space, self._propose = space, propose
+        self._draws = RandomSampler(seed=seed)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Every choice."""
+        return {choice.name: CategoricalDistribution(choice.values) for choice in self._space}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """What the function proposes."""
+        return dict(self._propose(study))
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """A random value."""
+        return self._draws.sample_independent(study, trial, param_name, param_distribution)

@@ -6,18 +6,16 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
-from optuna.distributions import CategoricalDistribution
-from optuna.samplers import BaseSampler, RandomSampler
+from optuna.samplers import BaseSampler
 
-from lightning_nas.strategies._strategy import seeds, strategies
+from lightning_nas.strategies._strategy import ProposingSampler, seeds, strategies
 
 if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
     from optuna.study import Study
-    from optuna.trial import FrozenTrial
 
     from lightning_nas.problem import Problem
     from lightning_nas.space import Choice, SearchSpace, Value
@@ -67,7 +65,10 @@ class CoarseToFine:
         count = min(100, max(10, budget // 4)) if self.coarse is None else self.coarse
         wanted = skeletons(space, count, np.random.default_rng(seeds(seed, 0, 1)[0]))
         rate = max(0.1, 1 / len(space)) if self.mutation is None else self.mutation
-        return _Sampler(space, wanted[proposal] if proposal < len(wanted) else None, rate, seed, proposal)
+        own, draws = seeds(seed, proposal, 2)
+        if proposal < len(wanted):
+            return ProposingSampler(space, draws, lambda study: wanted[proposal])
+        return ProposingSampler(space, draws, partial(_refined, space, rate, own))
 
 
 def skeletons(space: SearchSpace, count: int, rng: np.random.Generator) -> list[dict[str, Value]]:
@@ -119,46 +120,21 @@ def skeletons(space: SearchSpace, count: int, rng: np.random.Generator) -> list[
     return list(distinct.values())[:count]
 
 
-class _Sampler(BaseSampler):
-    """Makes one proposal: a skeleton that is given, or a neighbour of the front."""
-
-    def __init__(
-        self, space: SearchSpace, skeleton: dict[str, Value] | None, rate: float, seed: int, proposal: int
-    ) -> None:
-        self.space, self.skeleton, self.rate = space, skeleton, rate
-        own, draws = seeds(seed, proposal, 2)
-        self._rng = np.random.default_rng(own)
-        self._draws = RandomSampler(seed=draws)
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {choice.name: CategoricalDistribution(choice.values) for choice in self.space}
-
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        if self.skeleton is not None:
-            return self.skeleton
-        front = sorted(study.best_trials, key=lambda member: member.number)
-        if not front:
-            return {}
-        start = self.space.canonical(front[self._rng.integers(len(front))].params)
-        active = [self.space[name] for name in self.space.active(start)]
-        active = [choice for choice in active if len(choice.values) > 1]
-        moves = self._rng.random(len(active)) < self.rate
-        if active and not moves.any():
-            moves[self._rng.integers(len(active))] = True
-        changed = dict(start)
-        for choice, moved in zip(active, moves, strict=True):
-            if moved:
-                changed[choice.name] = self._beside(choice, start[choice.name])
-        return changed
-
-    def _beside(self, choice: Choice, value: Value) -> Value:
-        here = choice.values.index(value)
-        around = [i for i in (here - 1, here + 1) if 0 <= i < len(choice.values)]
-        return choice.values[around[self._rng.integers(len(around))]]
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        return self._draws.sample_independent(study, trial, param_name, param_distribution)
+def _refined(space: SearchSpace, rate: float, seed: int, study: Study) -> dict[str, Value]:
+    """A member of the front, with some of its choices moved to the value beside theirs."""
+    front = sorted(study.best_trials, key=lambda member: member.number)
+    if not front:
+        return {}
+    rng = np.random.default_rng(seed)
+    start = space.canonical(front[rng.integers(len(front))].params)
+    active = [choice for name in space.active(start) if len((choice := space[name]).values) > 1]
+    moves = rng.random(len(active)) < rate
+    if active and not moves.any():
+        moves[rng.integers(len(active))] = True
+    changed = dict(start)
+    for choice, moved in zip(active, moves, strict=True):
+        if moved:
+            here = choice.values.index(start[choice.name])
+            around = [i for i in (here - 1, here + 1) if 0 <= i < len(choice.values)]
+            changed[choice.name] = choice.values[around[rng.integers(len(around))]]
+    return changed

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from optuna.samplers import BaseSampler
 from typing_extensions import override
 
-from lightning_nas.objectives import Maximize
 from lightning_nas.predictors import GBDT as Trees
 from lightning_nas.strategies._evolve import spread
 from lightning_nas.strategies._planned import Forecast, PlannedSampler
@@ -130,7 +129,6 @@ class _GBDTSampler(PlannedSampler):
             if objective.name in forecast.predictors:
                 trees = cast(Trees, forecast.predictors[objective.name])
                 values = trees.contributions(forecast.features)[:, :-1]
-                sign = 1.0 if isinstance(objective, Maximize) else -1.0
                 unit = np.abs(values).max(initial=1e-12) * np.maximum(on.sum(0), 1)
-                gains.append(sign * np.where(on, values, 0.0).sum(0) / unit)
+                gains.append(-np.where(on, values, 0.0).sum(0) / unit)  # they predict losses
         return np.max(gains, axis=0) if gains else np.zeros(forecast.features.shape[1])

@@ -11,7 +11,7 @@ from optuna.samplers import BaseSampler
 from typing_extensions import override
 
 from lightning_nas.predictors import predictors
-from lightning_nas.strategies._evolve import evolve, ranked, spread
+from lightning_nas.strategies._evolve import evolve, ranked, spread, unlike
 from lightning_nas.strategies._planned import Forecast, PlannedSampler
 from lightning_nas.strategies._strategy import strategies
 
@@ -32,22 +32,22 @@ class LINAS:
     The first population is random. Each later one is what an evolution finds on predictors fitted on all that
     was measured: costs that are known beforehand are not predicted but counted, and constraints on them are
     kept. It begins at the measured networks, never proposes one of them, and of the last front that fits it
-    takes those that are farthest apart; ``explore`` of the population are chosen by what they might reach,
-    mean and uncertainty together.
+    takes those that are farthest apart. ``explore`` of the population are the ones least like any that was
+    measured, of the better quarter: a predictor is often sure of what it has never seen.
 
     Args:
         population: networks measured between two fits, at least 2; None: a fifth of the budget, within 2
             and 50.
         predictor: name of the kind that learns each measured value.
         evaluations: by predictors, for each population.
-        explore: share chosen by what they might reach, in [0, 1].
+        explore: share chosen for being unlike, in [0, 1].
 
     Raises:
         ValueError: for a value out of its range, or an unknown predictor.
 
     Example:
         >>> LINAS(population=25)
-        LINAS(population=25, predictor='auto', evaluations=10000, explore=0.1)
+        LINAS(population=25, predictor='auto', evaluations=10000, explore=0.2)
 
     Reference: Cummings et al., A Hardware-Aware Framework for Accelerating Neural Architecture Search Across
     Modalities, 2022 (LINAS); Sarah et al., A Hardware-Aware System for Accelerating Deep Neural Network
@@ -57,7 +57,7 @@ class LINAS:
     population: int | None = None
     predictor: str = "auto"
     evaluations: int = 10_000
-    explore: float = 0.1
+    explore: float = 0.2
 
     def __post_init__(self) -> None:
         if self.population is not None and self.population < 2:
@@ -96,10 +96,9 @@ class _LINASSampler(PlannedSampler):
             return []
         rows, losses = rows[wanted], losses[wanted]
         count = min(self.population, len(rows))
-        hopeful = round(settings.explore * count)
-        chosen = spread(losses, count - hopeful, forecast.losses(forecast.measured))
-        if hopeful:
-            left = np.setdiff1d(np.arange(len(rows)), chosen)
-            taken = forecast.losses(rows[chosen], optimism=1.0)
-            chosen += left[spread(forecast.losses(rows[left], optimism=1.0), hopeful, taken)].tolist()
+        strange = round(settings.explore * count)
+        chosen = spread(losses, count - strange, forecast.losses(forecast.measured))
+        pool = [i for i in ranked(losses)[: max(len(rows) // 4, count)][:1_000] if i not in set(chosen)]
+        known = np.concatenate([forecast.measured, rows[chosen]])
+        chosen += [pool[i] for i in unlike(rows[pool], known, strange)]
         return space.at(rows[chosen])

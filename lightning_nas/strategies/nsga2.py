@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
     from lightning_nas.problem import Problem
+    from lightning_nas.space import SearchSpace
 
-__all__ = ["NSGA2"]
+__all__ = ["NSGA2", "NSGA2Sampler"]
 
 
 @strategies.register("nsga2")
@@ -53,38 +54,44 @@ class NSGA2:
 
     def __post_init__(self) -> None:
         if self.population is not None and self.population < 2:
-            raise ValueError(f"NSGA2: population must be at least 2, got {self.population}.")
+            raise ValueError(f"{type(self).__name__}: population must be at least 2, got {self.population}.")
         for name in ("crossover", "swapping", "mutation"):
             probability = getattr(self, name)
             if probability is not None and not 0 <= probability <= 1:
-                raise ValueError(f"NSGA2: {name} is a probability and must be in [0, 1], got {probability}.")
+                raise ValueError(
+                    f"{type(self).__name__}: {name} is a probability and must be in [0, 1], "
+                    f"got {probability}."
+                )
 
     def sampler(self, problem: Problem, budget: int, seed: int, proposal: int) -> BaseSampler:
         """See :class:`~lightning_nas.strategies.Strategy`."""
+        return NSGA2Sampler(self, problem.space, budget, seed, proposal)
+
+
+class NSGA2Sampler(NSGAIISampler):
+    """Makes one proposal."""
+
+    def __init__(self, settings: NSGA2, space: SearchSpace, budget: int, seed: int, proposal: int) -> None:
         operators, draws = seeds(seed, proposal, 2)
-        return _NSGA2Sampler(
-            {c.name: CategoricalDistribution(c.values) for c in problem.space if len(c.values) > 1},
-            draws,
-            population_size=min(50, max(10, budget // 20)) if self.population is None else self.population,
-            crossover_prob=self.crossover,
-            swapping_prob=self.swapping,
-            mutation_prob=self.mutation,
+        self.count = min(50, max(10, budget // 20)) if settings.population is None else settings.population
+        super().__init__(
+            population_size=self.count,
+            crossover_prob=settings.crossover,
+            swapping_prob=settings.swapping,
+            mutation_prob=settings.mutation,
             seed=operators,
         )
-
-
-class _NSGA2Sampler(NSGAIISampler):
-    def __init__(self, space: dict[str, CategoricalDistribution], draws: int, **settings: Any) -> None:
-        super().__init__(**settings)  # Any: the keywords of NSGAIISampler
-        self._space = space
+        self._space = {c.name: CategoricalDistribution(c.values) for c in space if len(c.values) > 1}
         # Optuna seeds the generator of operators and that of new values alike: with one proposal a sampler, a
         # mutation's value would depend on whether there was a crossover.
         self._draws = RandomSampler(seed=draws)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Every choice that has one."""
         return dict(self._space)
 
     def select_parent(self, study: Study, generation: int) -> list[FrozenTrial]:
+        """Who survives, in the order of evaluation."""
         # The first child of a generation sees the parents in this order, later ones by number: one order for
         # all makes a search that resumes within a generation equal to the uninterrupted one.
         return sorted(super().select_parent(study, generation), key=lambda trial: trial.number)
@@ -92,4 +99,5 @@ class _NSGA2Sampler(NSGAIISampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
+        """A value drawn anew: in the first generation, and by mutation."""
         return self._draws.sample_independent(study, trial, param_name, param_distribution)

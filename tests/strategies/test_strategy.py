@@ -1,5 +1,6 @@
 from dataclasses import dataclass
 
+import numpy as np
 import optuna
 import pytest
 
@@ -28,7 +29,8 @@ def keys(strategy, **settings):
 
 
 def test_names_stand_for_classes():
-    assert set(strategies) >= {"random", "nsga2"}
+    names = {"random", "grid", "nsga2", "nsga3", "tpe", "evolution", "coarse-to-fine"}
+    assert set(strategies) >= names
     assert (strategies["random"](), strategies["nsga2"]()) == (Random(), NSGA2())
     assert keys("nsga2") == keys(NSGA2())
 
@@ -39,6 +41,27 @@ def test_every_strategy_measures_a_small_space_completely_and_resumes_exactly(na
     assert sorted(everything) == sorted(a.key for a in SPACE.enumerate())
     keys(name, budget=3, storage=tmp_path / "s.log")
     assert keys(name, storage=tmp_path / "s.log") == keys(name)
+
+
+@pytest.mark.parametrize("name", list(strategies))
+def test_the_sign_of_an_objective_is_a_matter_of_taste(name):
+    space = SearchSpace([Choice(f"c{i}", (0, 1, 2, 3)) for i in range(5)])
+
+    def measure(architecture):
+        a, b, c, d, e = architecture.values()
+        nudge = np.random.default_rng((a, b, c, d, e)).random(2)  # no two values are equal
+        gain, loss = a + 2 * b - abs(c - d) + nudge[0], a + b + c + (d - e) ** 2 + nudge[1]
+        return {"gain": gain, "price": -gain, "loss": loss, "profit": -loss}
+
+    def found(*objectives):
+        result = search(
+            space, measure, objectives, strategy=name, budget=60, storage="memory", progress=False
+        )
+        return [c.architecture.key for c in result.candidates]
+
+    one_way = found(Maximize("gain"), Minimize("loss"))
+    assert found(Minimize("price"), Minimize("loss")) == one_way
+    assert found(Minimize("price"), Maximize("profit")) == one_way
 
 
 def test_any_optuna_sampler_becomes_a_strategy_in_a_few_lines(tmp_path):
