@@ -250,7 +250,7 @@ def test_without_validation_data_the_callback_refuses_before_anything_changes():
         ({"budget": 0}, "budget must be at least 1 candidate, got 0"),
         ({"mode": "maximum"}, "mode must be 'max' or 'min', got 'maximum'"),
         ({"costs": ("mac",)}, "unknown cost 'mac'. Did you mean 'macs'"),
-        ({"strategy": "nsga"}, "Unknown strategy 'nsga'. Did you mean 'nsga2'"),
+        ({"strategy": "nsga22"}, "Unknown strategy 'nsga22'. Did you mean 'nsga2'"),
         ({"constraints": {"macs": 2e8}}, "macs.*needs an operator and a number"),
     ],
 )

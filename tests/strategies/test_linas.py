@@ -129,7 +129,7 @@ def test_the_predictor_sees_measured_rows_alone():
     assert len(seen) == 2  # the cost needs no predictor
     for count, (features, targets) in zip((10, 20), seen, strict=True):
         assert np.array_equal(features, rows[:count])
-        assert np.array_equal(targets, values[:count])
+        assert np.array_equal(targets, np.negative(values[:count]))  # as a loss
 
 
 def test_the_most_harmful_options_are_forgotten_and_never_all_of_a_choice():
