@@ -31,7 +31,7 @@ from worth_it import Study, publish
 import lightning_nas as nas
 from lightning_nas.modules import ImageClassifier, SequenceClassifier
 
-DEFAULT = "defaults"
+DEFAULT = "Sandwich(random=2)"
 SETTINGS: dict[str, dict[str, Any]] = {
     DEFAULT: {},
     "warmup=0": {"warmup": 0},
@@ -58,6 +58,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Sandwich(random=1), lr_factor=2": {"sampler": nas.Sandwich(random=1), "lr_factor": 2.0},
     "Sandwich(random=1), order=None": {"sampler": nas.Sandwich(random=1), "order": None},
 }
+BASE: dict[str, Any] = {"sampler": nas.Sandwich(random=2)}  # what each setting changes
 INSIDE = "with hidden states"  # its layers have other names in each network
 RUN: dict[str, Any] = {
     "logger": False,
@@ -155,7 +156,7 @@ def step_costs(task: Any, settings: Mapping[str, Mapping[str, Any]], rounds: int
             watch = StepTimes()
             callbacks: list[pl.Callback] = [watch]
             if name != "plain":
-                callbacks.insert(0, SupernetTraining(validate=(), **{**settings[name], "warmup": 0}))
+                callbacks.insert(0, SupernetTraining(validate=(), **{**BASE, **settings[name], "warmup": 0}))
             pl.Trainer(max_steps=8, max_epochs=-1, callbacks=callbacks, **RUN).fit(
                 copy.deepcopy(task.start), task.data
             )
@@ -167,7 +168,7 @@ def step_costs(task: Any, settings: Mapping[str, Mapping[str, Any]], rounds: int
 def trained(task: Any, seed: int, members: int, steps: int, settings: Mapping[str, Any]) -> dict[str, float]:
     """Accuracies after one run with the callback."""
     module = copy.deepcopy(task.start)
-    callback = SupernetTraining(validate=(), seed=seed, **settings)
+    callback = SupernetTraining(validate=(), seed=seed, **{**BASE, **settings})
     pl.seed_everything(seed, verbose=False)
     pl.Trainer(max_steps=steps, max_epochs=-1, callbacks=[callback], **RUN).fit(module, task.data)
     supernet = callback.supernet

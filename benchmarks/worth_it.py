@@ -37,7 +37,7 @@ SHAPES = {  # size: blocks, heads and MLP units of each block
     "50 %": (5, 3, 128),
     "30 %": (4, 3, 64),
 }
-SETTINGS: dict[str, Any] = {"warmup": 0.15}  # of the callback
+SETTINGS: dict[str, Any] = {"warmup": 0.15, "sampler": nas.Sandwich(random=2)}  # of the callback
 CALLBACK = "subnetwork of the family"
 
 

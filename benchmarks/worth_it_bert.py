@@ -115,6 +115,7 @@ class Study:
             warmup=0.5,
             lr_factor=2 * SANDWICH_RATE / PLAIN_RATE,
             head="head",
+            sampler=nas.Sandwich(random=2),
             validate=(),
             seed=self.seed,
             **settings,

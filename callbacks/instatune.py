@@ -80,7 +80,7 @@ class InstaTune(SupernetTraining):
         monitor: str = "val_acc",
         mode: Literal["max", "min"] = "max",
         costs: Sequence[str | Cost] = ("macs",),
-        strategy: str | Strategy = "nsga2",
+        strategy: str | Strategy = "linas",
         budget: int = 100,
         storage: Any = None,  # whatever Optuna takes
         constraints: Mapping[Any, tuple[str, float]] | None = None,

@@ -87,12 +87,12 @@ class Sandwich:
     """The smallest network and ``random`` drawn ones: the sandwich rule.
 
     Args:
-        random: drawn members a step, at least 0.
+        random: drawn members a step, at least 0. One was best at equal time (docs/the-supernet-phase.md).
 
-    Reference: Yu et al., BigNAS, ECCV 2020, section 3.2 (smallest, largest and two random members).
+    Reference: Yu et al., BigNAS, ECCV 2020, section 3.2 (there two random members).
     """
 
-    random: int = 2
+    random: int = 1
 
     def __post_init__(self) -> None:
         if self.random < 0:

@@ -33,7 +33,7 @@ def search(
     evaluate: Evaluate,
     objectives: Sequence[Objective],
     *,
-    strategy: str | Strategy = "nsga2",
+    strategy: str | Strategy = "linas",
     budget: int = 200,
     storage: str | Path | BaseStorage | None = None,
     name: str = "search",
@@ -59,7 +59,7 @@ def search(
         evaluate: measures one architecture: ``evaluate(arch) -> {"accuracy": 0.9, ...}``.
         objectives: at least one of ``Maximize(...)`` and ``Minimize(...)``; each names a value that
             ``evaluate`` returns, or is a cost, or a scalarization of both (``MnasNetReward``).
-        strategy: a registered name (``"nsga2"``, ``"tpe"``; all are in ``nas.strategies.strategies``) or an
+        strategy: a registered name (``"linas"``, ``"nsga2"``; all are in ``nas.strategies.strategies``) or an
             instance (``NSGA2(population=20)``).
         budget: evaluations of the whole study, failed ones and those of earlier calls included.
         storage: an Optuna storage or its URL (``"sqlite:///search.db"``), the path of a journal file,

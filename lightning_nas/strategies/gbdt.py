@@ -34,7 +34,7 @@ class GBDTNAS:
     values), are no longer drawn: at most ``prune`` more after each population, and never all of a choice.
 
     Args:
-        population: networks measured between two fits, at least 2; None: a fifth of the budget, within 2
+        population: networks measured between two fits, at least 2; None: a fifth of the budget, within 5
             and 50.
         drawn: architectures that are predicted for each population, at least 1.
         prune: options to forget after each population, at least 0.
@@ -65,7 +65,7 @@ class GBDTNAS:
 
     def sampler(self, problem: Problem, budget: int, seed: int, proposal: int) -> BaseSampler:
         """See :class:`~lightning_nas.strategies.Strategy`."""
-        population = min(50, max(2, budget // 5)) if self.population is None else self.population
+        population = min(50, max(5, budget // 5)) if self.population is None else self.population
         return _GBDTSampler(self, problem, population, seed, proposal)
 
 

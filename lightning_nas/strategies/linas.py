@@ -36,10 +36,10 @@ class LINAS:
     measured, of the better quarter: a predictor is often sure of what it has never seen.
 
     Args:
-        population: networks measured between two fits, at least 2; None: a fifth of the budget, within 2
+        population: networks measured between two fits, at least 2; None: a fifth of the budget, within 5
             and 50.
         predictor: name of the kind that learns each measured value.
-        evaluations: by predictors, for each population.
+        evaluations: by predictors, for each population; four for each architecture of a small space.
         explore: share chosen for being unlike, in [0, 1].
 
     Raises:
@@ -71,7 +71,7 @@ class LINAS:
 
     def sampler(self, problem: Problem, budget: int, seed: int, proposal: int) -> BaseSampler:
         """See :class:`~lightning_nas.strategies.Strategy`."""
-        population = min(50, max(2, budget // 5)) if self.population is None else self.population
+        population = min(50, max(5, budget // 5)) if self.population is None else self.population
         return _LINASSampler(self, problem, population, seed, proposal)
 
 
@@ -89,7 +89,7 @@ class _LINASSampler(PlannedSampler):
         drawn = (rng.random((size, len(options))) * options).astype(np.int64)
         start = np.concatenate([forecast.measured, space.canonical_positions(drawn)])
         start = start[ranked(forecast.losses(start))[:size]]
-        generations = max(1, settings.evaluations // size - 2)
+        generations = max(1, min(settings.evaluations, 4 * space.size) // size - 2)
         rows, losses = evolve(start, options, forecast.losses, space.canonical_positions, generations, rng)
         wanted = [i for i, row in enumerate(rows) if forecast.is_wanted(row)]
         if not wanted:
