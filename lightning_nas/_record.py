@@ -194,7 +194,7 @@ def _storage(storage: str | Path | BaseStorage | None, name: str) -> tuple[str |
     if isinstance(storage, BaseStorage):
         return storage, type(storage).__name__
     if isinstance(storage, str) and "://" in storage:
-        return storage, storage
+        return storage, _without_password(storage)
     file_name = re.sub(r"[^\w.-]+", "-", name)
     path = Path("nas_studies") / f"{file_name}.log" if storage is None else Path(storage)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,6 +207,11 @@ def _storage(storage: str | Path | BaseStorage | None, name: str) -> tuple[str |
     if path.exists():
         _mend(path, lock)
     return JournalStorage(JournalFileBackend(str(path), lock_obj=lock)), str(path)
+
+
+def _without_password(url: str) -> str:
+    """The URL as messages show it."""
+    return re.sub(r"(://[^:/@]*):[^/]*@", r"\1:***@", url)
 
 
 def _mend(path: Path, lock: JournalFileOpenLock) -> None:

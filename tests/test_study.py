@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
 
 from lightning_nas.errors import NASError, StudyMismatchError
 from lightning_nas.objectives import Maximize, Minimize
@@ -335,6 +336,16 @@ def test_a_database_that_cannot_be_opened_is_named_with_what_to_check(tmp_path):
         NASError, match=r"could not be opened in sqlite:.*unable to open.*that its folder exists"
     ):
         run(pytest.fail, storage=f"sqlite:///{tmp_path / 'missing' / 'search.db'}")
+
+
+def test_messages_show_no_password(monkeypatch):
+    def unreachable(**_):
+        raise StorageInternalError("no route to host")
+
+    monkeypatch.setattr(optuna, "create_study", unreachable)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with pytest.raises(NASError, match=r"could not be opened in postgresql://me:\*\*\*@host/db, in"):
+        run(pytest.fail, storage="postgresql://me:s3cr@t@host/db")
 
 
 # --- another study under the same name

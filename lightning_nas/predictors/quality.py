@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from lightning_nas.evaluation import kendall_tau, regret, spearman
 from lightning_nas.predictors._predictor import Predictor
 
 __all__ = ["Quality", "cross_validated", "quality_of"]
@@ -44,28 +45,19 @@ def quality_of(
         larger_is_better: whether the best is the largest.
 
     Raises:
-        ValueError: for shapes that differ, or fewer than two rows.
+        ValueError: for shapes that differ, fewer than two rows, or numbers that are not finite.
 
     Example:
         >>> quality_of([1.0, 2.0, 3.0], [10.0, 30.0, 20.0]).regret
         10.0
     """
-    from scipy.stats import kendalltau, spearmanr
-
-    guess, truth = np.asarray(predicted, dtype=np.float64), np.asarray(measured, dtype=np.float64)
-    if guess.shape != truth.shape or guess.ndim != 1 or len(guess) < 2:
-        raise ValueError(
-            f"quality_of: predicted and measured must be (n,) with n at least 2, got {guess.shape} and "
-            f"{truth.shape}."
-        )
-    varies = len(set(guess)) > 1 and len(set(truth)) > 1
     sign = 1.0 if larger_is_better else -1.0
-    chosen = np.argsort(-sign * guess, kind="stable")[:top]
+    guess, truth = sign * np.asarray(predicted, np.float64), sign * np.asarray(measured, np.float64)
     return Quality(
-        float(kendalltau(guess, truth).statistic) if varies else float("nan"),
-        float(spearmanr(guess, truth).statistic) if varies else float("nan"),
+        kendall_tau(guess, truth),
+        spearman(guess, truth),
         float(np.abs(guess - truth).mean()),
-        float((sign * truth).max() - (sign * truth[chosen]).max()),
+        regret(top, guess, truth),
         len(truth),
     )
 

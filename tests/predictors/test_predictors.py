@@ -239,7 +239,7 @@ def test_each_row_is_predicted_without_its_fold():
         (lambda: P.Automatic(("auto",)), "must name predictors other than 'auto'"),
         (lambda: P.Automatic(("ridg",)), "Did you mean 'ridge'"),
         (lambda: P.cross_validated(P.Ridge, np.eye(3), np.ones(3)), "at least 4 rows"),
-        (lambda: P.quality_of([1.0], [1.0]), "with n at least 2"),
+        (lambda: P.quality_of([1.0], [1.0]), "same length, at least 2"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_with_the_value(call, message):
