@@ -123,7 +123,7 @@ class Study:
         self.fit(FAMILY, module, callback, epochs=2)
         assert callback.supernet is not None
         found = {FAMILY: self.family(module, callback.supernet), SPECIAL: {}}
-        module.lr = 1e-4
+        module.lr = PLAIN_RATE
         for size, shape in SHAPES.items():
             began = time.process_time()
             pl.seed_everything(self.seed, verbose=False)

@@ -20,6 +20,7 @@ from torch import nn
 from lightning_nas.errors import NASError
 from lightning_nas.objectives import Maximize, Minimize, Objective
 from lightning_nas.results import Candidate, SearchResult
+from lightning_nas.sampling import Sandwich
 from lightning_nas.space import Architecture, Choice, SearchSpace, Value
 from lightning_nas.supernet import Supernet
 
@@ -31,6 +32,7 @@ _DEFAULTS: dict[str, Any] = {
     "costs": ("macs", "params"),
     "budget": 256,
     "students_learn_from": "task",
+    "sampler": Sandwich(random=2),
     "warmup": 0,
     "order": None,
 }
