@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
@@ -15,6 +17,14 @@ from typing_extensions import Self, override
 from lightning_nas.predictors._predictor import Prediction, Predictor, predictors
 
 __all__ = ["MLPEnsemble"]
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Whatever modes the caller is in: a search may run between the steps of a training."""
+    full = torch.autocast("cpu", enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), full:
+        yield
 
 
 @predictors.register("mlp")
@@ -64,6 +74,7 @@ class MLPEnsemble(Predictor):
         self._pretrained: list[_Layer] = []
         self._layers: list[_Layer] = []
 
+    @_alone()
     def pretrain(
         self, features: ArrayLike, statistics: ArrayLike, steps: int = 400, lr: float = 3e-3
     ) -> Self:
@@ -94,6 +105,7 @@ class MLPEnsemble(Predictor):
         return self
 
     @override
+    @_alone()
     def _fit(self, features: NDArray[np.float64], targets: NDArray[np.float64]) -> None:
         x = torch.as_tensor(features, dtype=torch.float32)
         y = torch.as_tensor(targets, dtype=torch.float32)[:, None]
@@ -108,6 +120,7 @@ class MLPEnsemble(Predictor):
         self._layers = self._trained(layers, x, y, self.steps, self.lr, frozen)
 
     @override
+    @_alone()
     def _predict(self, features: NDArray[np.float64]) -> Prediction:
         with torch.no_grad():
             each = _outputs(self._layers, torch.as_tensor(features, dtype=torch.float32))
@@ -125,15 +138,14 @@ class MLPEnsemble(Predictor):
         body = [parameter for layer in layers[:-1] for parameter in layer.parameters()]
         optimizer = torch.optim.AdamW([*body, *layers[-1].parameters()], lr, weight_decay=self.weight_decay)
         target = y.expand(self.members, *y.shape)
-        with torch.enable_grad():
-            for step in range(steps):
-                optimizer.zero_grad()
-                # The sum over members: each learns as if it were alone.
-                (self.members * F.huber_loss(_outputs(layers, x), target)).backward()
-                if step < frozen:
-                    for parameter in body:
-                        parameter.grad = None
-                optimizer.step()
+        for step in range(steps):
+            optimizer.zero_grad()
+            # The sum over members: each learns as if it were alone.
+            (self.members * F.huber_loss(_outputs(layers, x), target)).backward()
+            if step < frozen:
+                for parameter in body:
+                    parameter.grad = None
+            optimizer.step()
         return layers
 
 
@@ -144,7 +156,11 @@ class _Layer(nn.Module):
         super().__init__()
         bound = inputs**-0.5  # as nn.Linear begins
         self.weight, self.bias = (
-            nn.Parameter(torch.empty(members, rows, outputs).uniform_(-bound, bound, generator=generator))
+            nn.Parameter(
+                torch.empty(members, rows, outputs, dtype=torch.float32).uniform_(
+                    -bound, bound, generator=generator
+                )
+            )
             for rows in (inputs, 1)
         )
 

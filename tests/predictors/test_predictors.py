@@ -128,6 +128,22 @@ def test_members_of_the_ensemble_learn_as_if_each_were_alone():
     np.testing.assert_allclose(both.predict(features).mean, expected, rtol=1e-4)
 
 
+def test_the_ensemble_learns_the_same_whatever_modes_the_caller_is_in():
+    features, targets = planted(30)
+    expected = P.MLPEnsemble(steps=20).fit(features, targets).predict(features).mean
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            found = P.MLPEnsemble(steps=20).fit(features, targets).predict(features).mean
+    finally:
+        torch.set_default_dtype(torch.float32)
+    np.testing.assert_array_equal(found, expected)
+    with torch.no_grad():
+        np.testing.assert_array_equal(
+            P.MLPEnsemble(steps=20).fit(features, targets).predict(features).mean, found
+        )
+
+
 def macro():
     """One of each network that differs, with features, accuracies and the logarithm of its operations."""
     rows = {}
