@@ -120,7 +120,8 @@ class Record:
                     f"candidates have no {limit.name!r}. {nearest(limit.name, values)}"
                 )
         failure = notes.get("failure")
-        self._keep(self._trial(architecture, values, notes, failure), architecture, values, failure)
+        trial = self._trial(architecture, values, {**notes, "measured": values}, failure)
+        self._keep(trial, architecture, values, failure)
 
     def _trial(
         self, architecture: Architecture, values: dict[str, float], notes: dict[str, Any], failure: str | None
