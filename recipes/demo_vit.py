@@ -58,7 +58,7 @@ def main(
     model: str | None = None,
     pretrained: bool = False,
     images: str | None = None,
-    epochs: int = 10,
+    epochs: int = 16,
     batch_size: int = 32,
     lr: float = 2e-3,
     layer_decay: float = 1.0,
