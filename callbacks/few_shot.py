@@ -104,8 +104,8 @@ def train_subspaces(
             those that are complete. It needs Trainers with a ``ModelCheckpoint(dirpath=..., save_last=True)``
             and a folder each.
         **settings: of :class:`InstaTune`, in place of ``monitor="val_loss", mode="min", costs=("macs",
-            "params"), budget=256, students_learn_from="task", warmup=0, order=None``. A budget that is at
-            least the size of a sub-space measures all of its networks.
+            "params"), budget=256, students_learn_from="task", sampler=Sandwich(random=2), warmup=0,
+            order=None``. A budget that is at least the size of a sub-space measures all of its networks.
 
     Returns:
         The supernets and the joined result.

@@ -85,7 +85,7 @@ def test_each_sub_space_is_trained_as_it_would_be_by_itself():
     by_itself = RelationDistillation(bert(), bert(1), lr=1e-3)
     callback = InstaTune(
         monitor="val_loss", mode="min", space=spaces()["small"], students_learn_from="task", warmup=0,
-        order=None, budget=4, seed=4, folder="other",
+        order=None, budget=4, seed=4, folder="other", sampler=nas.Sandwich(random=2),
     )  # fmt: skip
     quickly("small", callbacks=[callback]).fit(by_itself, datamodule=Texts())
     for one, other in zip(
