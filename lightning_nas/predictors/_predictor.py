@@ -77,10 +77,7 @@ class Predictor(ABC):
         x, y = np.asarray(features, dtype=np.float64), np.asarray(targets, dtype=np.float64)
         if not len(self._targets):
             return self.fit(x, y)
-        if x.ndim != 2 or x.shape[1] != self._features.shape[1]:
-            raise ValueError(
-                f"{type(self).__name__}: it was fitted on {self._features.shape[1]} features, got {x.shape}."
-            )
+        self._refuse_other(x)
         return self.fit(np.concatenate([self._features, x]), np.concatenate([self._targets, y]))
 
     def predict(self, features: ArrayLike) -> Prediction:
@@ -95,14 +92,16 @@ class Predictor(ABC):
         x = np.asarray(features, dtype=np.float64)
         if not len(self._targets):
             raise ValueError(f"{type(self).__name__}: call fit(features, targets) first.")
-        if x.ndim != 2 or x.shape[1] != self._features.shape[1]:
-            raise ValueError(
-                f"{type(self).__name__}: it was fitted on {self._features.shape[1]} features, got {x.shape}."
-            )
+        self._refuse_other(x)
         mean, std = self._predict(x)
-        return Prediction(
-            self._centre + self._scale * mean, None if std is None else np.abs(self._scale) * std
-        )
+        return Prediction(self._centre + self._scale * mean, None if std is None else self._scale * std)
+
+    def _refuse_other(self, features: NDArray[np.float64]) -> None:
+        known = self._features.shape[1]
+        if features.ndim != 2 or features.shape[1] != known:
+            raise ValueError(
+                f"{type(self).__name__}: it was fitted on {known} features, got {features.shape}."
+            )
 
     @abstractmethod
     def _fit(self, features: NDArray[np.float64], targets: NDArray[np.float64]) -> None:

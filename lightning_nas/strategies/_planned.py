@@ -23,10 +23,15 @@ if TYPE_CHECKING:
     from lightning_nas.problem import Problem
     from lightning_nas.space import Value
 
-__all__ = ["Forecast", "PlannedSampler"]
+__all__ = ["Forecast", "PlannedSampler", "population_for"]
 
 _PLANS: weakref.WeakKeyDictionary[Study, tuple[int, list[Architecture]]] = weakref.WeakKeyDictionary()
 """By study: how many measurements the present population was planned from, and what it is."""
+
+
+def population_for(budget: int) -> int:
+    """Networks measured between two plans where nobody says: a fifth of the budget, within 5 and 50."""
+    return min(50, max(5, budget // 5))
 
 
 class PlannedSampler(ProposingSampler):
@@ -122,7 +127,7 @@ class Forecast:
             values = np.where(excess[:, None] > 0, self._worst * (1 + excess[:, None]), values)
         return values
 
-    def is_wanted(self, row: NDArray[np.int64]) -> bool:
-        """Whether a row that losses were asked for is not measured, and should keep the constraints."""
-        key = row.tobytes()
-        return key not in self._known and self._excess.get(key, 0.0) <= 0
+    def wanted(self, rows: NDArray[np.int64]) -> list[int]:
+        """Of rows that losses were asked for, those not measured that should keep the constraints."""
+        keys = [row.tobytes() for row in rows]
+        return [i for i, k in enumerate(keys) if k not in self._known and self._excess.get(k, 0.0) <= 0]

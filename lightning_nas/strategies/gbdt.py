@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_nas.predictors import GBDT as Trees
 from lightning_nas.strategies._evolve import spread
-from lightning_nas.strategies._planned import Forecast, PlannedSampler
+from lightning_nas.strategies._planned import Forecast, PlannedSampler, population_for
 from lightning_nas.strategies._strategy import strategies
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class GBDTNAS:
 
     def sampler(self, problem: Problem, budget: int, seed: int, proposal: int) -> BaseSampler:
         """See :class:`~lightning_nas.strategies.Strategy`."""
-        population = min(50, max(5, budget // 5)) if self.population is None else self.population
+        population = population_for(budget) if self.population is None else self.population
         return _GBDTSampler(self, problem, population, seed, proposal)
 
 
@@ -111,7 +111,7 @@ class _GBDTSampler(PlannedSampler):
         columns = [left[rng.integers(len(left), size=self.settings.drawn)] for left in options]
         rows = np.unique(space.canonical_positions(np.stack(columns, axis=1)), axis=0)
         losses = forecast.losses(rows)
-        wanted = [i for i, row in enumerate(rows) if forecast.is_wanted(row)]
+        wanted = forecast.wanted(rows)
         if not wanted:
             return []
         rows, losses = rows[wanted], losses[wanted]

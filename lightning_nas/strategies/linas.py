@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_nas.predictors import predictors
 from lightning_nas.strategies._evolve import evolve, ranked, spread, unlike
-from lightning_nas.strategies._planned import Forecast, PlannedSampler
+from lightning_nas.strategies._planned import Forecast, PlannedSampler, population_for
 from lightning_nas.strategies._strategy import strategies
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class LINAS:
 
     def sampler(self, problem: Problem, budget: int, seed: int, proposal: int) -> BaseSampler:
         """See :class:`~lightning_nas.strategies.Strategy`."""
-        population = min(50, max(5, budget // 5)) if self.population is None else self.population
+        population = population_for(budget) if self.population is None else self.population
         return _LINASSampler(self, problem, population, seed, proposal)
 
 
@@ -91,7 +91,7 @@ class _LINASSampler(PlannedSampler):
         start = start[ranked(forecast.losses(start))[:size]]
         generations = max(1, min(settings.evaluations, 4 * space.size) // size - 2)
         rows, losses = evolve(start, options, forecast.losses, space.canonical_positions, generations, rng)
-        wanted = [i for i, row in enumerate(rows) if forecast.is_wanted(row)]
+        wanted = forecast.wanted(rows)
         if not wanted:
             return []
         rows, losses = rows[wanted], losses[wanted]
