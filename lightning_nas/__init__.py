@@ -1,6 +1,6 @@
 """Families of smaller networks out of one fine-tuning run."""
 
-from lightning_nas import costs, evaluation, predictors, strategies, supernet
+from lightning_nas import costs, estimators, evaluation, predictors, strategies, supernet
 from lightning_nas.distillation import Both, HiddenStates, InstaTuneLoss, Relations, Task, Teacher
 from lightning_nas.errors import (
     NASError,
@@ -53,6 +53,7 @@ __all__ = [
     "compare",
     "costs",
     "elastic",
+    "estimators",
     "evaluation",
     "load",
     "predictors",
