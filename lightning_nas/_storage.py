@@ -86,12 +86,13 @@ def found(storage: str | Path | BaseStorage | None, name: str, patience: float) 
         ValueError: for a file that is no journal.
         StorageError: if the storage cannot be opened.
     """
-    backend, where = _backend(storage, name)
+    backend, where = _backend(storage, name, is_new=False)
     try:
         return _opened(partial(optuna.load_study, study_name=name), backend, where, patience)
     except KeyError as error:
         names = optuna.get_all_study_names(backend)
-        raise NoMatchError(f"join: {where} has no study {name!r}. {nearest(name, names)}") from error
+        known = nearest(name, names) if names else "It holds none."
+        raise NoMatchError(f"join: {where} has no study {name!r}. {known}") from error
 
 
 @contextmanager
@@ -155,7 +156,9 @@ def _first_line(error: BaseException) -> str:
     return (str(cause or error) or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def _backend(storage: str | Path | BaseStorage | None, name: str) -> tuple[str | BaseStorage, str]:
+def _backend(
+    storage: str | Path | BaseStorage | None, name: str, is_new: bool = True
+) -> tuple[str | BaseStorage, str]:
     """The Optuna storage, and how to call it in messages."""
     if not name:
         raise ValueError("search: name is what the study is found by again and cannot be empty.")
@@ -165,6 +168,8 @@ def _backend(storage: str | Path | BaseStorage | None, name: str) -> tuple[str |
         return storage, _without_password(storage)
     file_name = re.sub(r"[^\w.-]+", "-", name)
     path = Path("nas_studies") / f"{file_name}.log" if storage is None else Path(storage)
+    if not is_new and not path.exists():
+        raise NoMatchError(f"join: there is no file {str(path)!r}, so no study {name!r} in it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir() or (path.exists() and path.read_bytes()[:1] not in (b"", b"{")):
         raise ValueError(
