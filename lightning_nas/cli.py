@@ -1,4 +1,4 @@
-"""The ``lightning-nas`` command: Lightning's own for training, and ``join`` for a further machine of a search.
+"""The ``lightning-nas`` command: Lightning's own for training, ``join`` for a further machine of a search.
 
 lightning-nas fit --config instatune_vit.yaml --data.init_args.batch_size 64
 lightning-nas join measure:make --storage postgresql+psycopg://me@host/searches --name vit

@@ -53,8 +53,8 @@ def proxy(behind: str) -> Iterator[str]:
 def postgresql() -> Iterator[Callable[[], str]]:
     """A PostgreSQL server without a port, in a folder of its own; each call gives the URL of a new database.
 
-    Debian's ``postgresql``, which does not run as root. Where it is missing the test is skipped, or fails with
-    ``LIGHTNING_NAS_POSTGRESQL=required``.
+    Debian's ``postgresql``, which does not run as root. Where it is missing the test is skipped, but fails
+    with ``LIGHTNING_NAS_POSTGRESQL=required``.
     """
     places = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda p: -float(p.parent.name))
     initdb = shutil.which("initdb", path=os.pathsep.join([*map(str, places), os.environ["PATH"]]))

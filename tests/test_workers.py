@@ -5,10 +5,9 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import optuna
@@ -136,7 +135,7 @@ def check_log(log, died, recorded):
     assert recorded <= set(spans)
     for key, times in spans.items():
         assert key in recorded or {pid for _, _, pid in times} <= set(died), key
-        for (_, end, pid), (begin, _, _) in zip(times, times[1:], strict=False):
+        for (_, end, pid), (begin, _, _) in pairwise(times):
             assert end <= begin, key
             assert pid in died, key
             assert last[pid] == key
@@ -165,3 +164,51 @@ def test_workers_that_are_killed_again_and_again_lose_no_result_and_repeat_none(
     assert {int(count) for _, _, event, count in log.read() if event == "return"} == {budget}
     assert len(died) >= SECONDS
     check_log(log, died, check_study(stored(address), budget))
+
+
+@pytest.mark.slow
+@on(*KINDS)
+def test_eight_workers_that_make_the_study_at_the_same_moment_share_it(address, tmp_path):
+    barrier = multiprocessing.get_context("forkserver").Barrier(8)
+    workers = [started(address, tmp_path, 40, 0.02, barrier, "random") for _ in range(8)]
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0] * 8
+    log = Log(tmp_path)
+    assert [int(count) for _, _, event, count in log.read() if event == "return"] == [40] * 8
+    check_log(log, {}, check_study(stored(address), 40))
+
+
+@pytest.mark.slow
+@on("journal file")
+def test_a_worker_that_was_frozen_beyond_its_grace_counts_for_nothing_twice(address, tmp_path):
+    log, budget = Log(tmp_path), 12
+    frozen = started(address, tmp_path, budget, 0.3)
+    log.wait_for(frozen.pid)
+    os.kill(frozen.pid, signal.SIGSTOP)
+    other = started(address, tmp_path, budget, 0.01)
+    other.join(60)
+    before = stored(address).trials
+    os.kill(frozen.pid, signal.SIGCONT)
+    frozen.join(60)
+    assert [other.exitcode, frozen.exitcode] == [0, 0]
+    check_study(stored(address), budget)
+    assert [t.params for t in stored(address).trials] == [t.params for t in before]
+    pids = {
+        pid: [k for _, p, event, k in log.read() if (p, event) == (pid, "return")]
+        for pid in (other.pid, frozen.pid)
+    }
+    assert pids == {other.pid: ["12"], frozen.pid: ["12"]}
+
+
+@pytest.mark.slow
+@on("sqlite")
+def test_a_worker_that_ends_waits_for_what_others_have_begun(address, tmp_path):
+    log = Log(tmp_path)
+    slow = started(address, tmp_path, 3, 1.0)
+    log.wait_for(slow.pid)
+    quick = started(address, tmp_path, 3, 0.0)
+    for worker in (slow, quick):
+        worker.join(60)
+    check_log(log, {}, check_study(stored(address), 3))
+    assert [int(count) for _, _, event, count in log.read() if event == "return"] == [3, 3]
