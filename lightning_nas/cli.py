@@ -53,8 +53,8 @@ def _join(args: list[str]) -> None:
     )
     parser.add_function_arguments(join, skip={"evaluate", "costs", "on_candidate"}, fail_untyped=False)
     given = parser.parse_args(args)
-    signal.signal(signal.SIGTERM, _leave)  # a stopped worker leaves no claim behind
     settings = parser.instantiate(given).as_dict()
+    before = signal.signal(signal.SIGTERM, _leave)  # a stopped worker leaves no claim behind
     try:
         evaluate, costs = _made(settings.pop("function"))
         join(evaluate, costs=costs, **settings)
@@ -62,6 +62,8 @@ def _join(args: list[str]) -> None:
         sys.exit(f"lightning-nas {error}")
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _made(function: str) -> tuple[Any, Any]:
