@@ -6,6 +6,7 @@ from lightning_nas.errors import (
     NASError,
     NoMatchError,
     SavedFolderError,
+    StorageError,
     StudyMismatchError,
     UnsupportedError,
 )
@@ -15,8 +16,9 @@ from lightning_nas.results import Candidate, SearchResult
 from lightning_nas.sampling import Largest, MultiArchitectural, Progressive, Random, Sandwich
 from lightning_nas.saving import load, save
 from lightning_nas.scalarizations import AbsoluteReward, Chebyshev, HingeReward, MnasNetReward
+from lightning_nas.sharing import Sharing
 from lightning_nas.space import Architecture, Choice, Depth, SearchSpace
-from lightning_nas.study import search
+from lightning_nas.study import join, search
 from lightning_nas.supernet import Supernet, elastic
 
 __all__ = [
@@ -45,6 +47,8 @@ __all__ = [
     "SavedFolderError",
     "SearchResult",
     "SearchSpace",
+    "Sharing",
+    "StorageError",
     "StudyMismatchError",
     "Supernet",
     "Task",
@@ -55,6 +59,7 @@ __all__ = [
     "elastic",
     "estimators",
     "evaluation",
+    "join",
     "load",
     "predictors",
     "save",

@@ -10,9 +10,10 @@ from itertools import chain
 
 import numpy as np
 import optuna
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
-from lightning_nas._record import Proposal, Record, quiet_optuna
+from lightning_nas._record import Proposal, Record
+from lightning_nas._storage import quiet_optuna
 from lightning_nas.problem import Problem
 from lightning_nas.results import keeps, losses, non_dominated
 from lightning_nas.space import Architecture
@@ -31,7 +32,7 @@ class Proposals:
 
     The sampler sees an Optuna study in memory that holds the recorded trials alone, in canonical form; what
     was asked and not recorded leaves no trace in it, and the generators of each proposal are seeded by its
-    number.
+    number. A worker counts on from the highest number that any has used, so workers do not repeat each other.
     """
 
     def __init__(
@@ -46,7 +47,8 @@ class Proposals:
         self.problem, self.strategy, self.record = problem, strategy, record
         self.budget, self.seed = budget, seed
         self.duplicates = self.rejected = 0
-        self._number = record.next_proposal
+        self._number = 0
+        self._told = 0  # trials of the record that the sampler knows
         self._nearest: dict[str, float] | None = None
         self._initial = [
             a for a in dict.fromkeys(initial) if self._keeps(problem.costs_of(a, problem.bounded))
@@ -54,34 +56,31 @@ class Proposals:
         with quiet_optuna():
             directions = [objective.direction for objective in problem.objectives]
             self._study = optuna.create_study(directions=directions)
-        self._study.add_trials(record.trials)
 
     def next(self) -> Proposal | None:
-        """The next architecture to evaluate; None when there is none left.
+        """The next architecture to evaluate; None when there is none left that others don't evaluate.
 
         Raises:
             ValueError: if nothing seen so far keeps the constraints.
         """
-        space = self.problem.space
-        for _ in range(_PATIENCE):
-            if len(self.record) >= space.size:
+        record = self.record
+        self._study.add_trials(record.trials[self._told :])
+        self._told = len(record)
+        self._number = max(self._number, record.next_proposal)
+        for _ in range(_PATIENCE + len(record.others)):
+            if len(record) + len(record.others) >= self.problem.space.size:
                 return None
-            while self._initial and self._initial[0].key in self.record.keys:
-                self._initial.pop(0)
-            proposal = self._ask(self._initial.pop(0) if self._initial else None)
-            if proposal.architecture.key in self.record.keys:
+            proposal = self._ask(next((a for a in self._initial if not record.is_taken(a.key)), None))
+            if record.is_taken(proposal.architecture.key):
                 self.duplicates += 1
             elif self._keeps(proposal.costs):
                 return self._counted(proposal)
         unseen = self._unseen(np.random.default_rng((self.seed, self._number)))
         if unseen is not None:
             return self._counted(self._ask(unseen))
-        self._say_why_none_is_left()
+        if not record.others:
+            self._say_why_none_is_left()
         return None
-
-    def told(self, trial: FrozenTrial) -> None:
-        """Let the strategy see a finished evaluation."""
-        self._study.add_trial(trial)
 
     def _ask(self, instead: Architecture | None) -> Proposal:
         """What the strategy's sampler proposes, or a given architecture in its place."""
@@ -108,7 +107,7 @@ class Proposals:
         return excess <= 0
 
     def _is_wanted(self, architecture: Architecture) -> bool:
-        return architecture.key not in self.record.keys and self._keeps(
+        return not self.record.is_taken(architecture.key) and self._keeps(
             self.problem.costs_of(architecture, self.problem.bounded)
         )
 
@@ -134,7 +133,7 @@ class Proposals:
         if near is not None:
             return near
         if space.size <= _ENUMERABLE:
-            unseen = [a for key, a in self._feasible.items() if key not in self.record.keys]
+            unseen = [a for key, a in self._feasible.items() if not self.record.is_taken(key)]
             return unseen[rng.integers(len(unseen))] if unseen else None
         draws = (space.sample(rng) for _ in range(_DRAWS))
         walks = (self._walk(space.sample(rng), rng) for _ in range(_WALKS))

@@ -1,33 +1,29 @@
-"""What a search has evaluated, and the Optuna storage in which it is kept."""
+"""What a search has evaluated: an image of the stored study."""
 
 from __future__ import annotations
 
 import json
-import re
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from random import SystemRandom
-from typing import Any, Literal
+from typing import Any
 
 import optuna
-from optuna.exceptions import StorageInternalError
-from optuna.storages import BaseStorage, JournalStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from lightning_nas.errors import NASError, StudyMismatchError
+from lightning_nas._storage import Store, made
+from lightning_nas.errors import StudyMismatchError
 from lightning_nas.objectives import Limit
 from lightning_nas.problem import Problem
 from lightning_nas.registry import nearest
 from lightning_nas.results import Candidate, Failure
 from lightning_nas.space import Architecture
 
-__all__ = ["Proposal", "Record", "quiet_optuna"]
+__all__ = ["IDENTITY", "Proposal", "Record"]
 
-_WAITS = (0.0, 0.1, 0.2, 0.4, 0.8, 1.6, 1.6)  # seconds at most before each attempt to open a database
+IDENTITY = "lightning_nas"
+"""The attribute of a study that says what it searches."""
 
 
 @dataclass(frozen=True)
@@ -41,74 +37,127 @@ class Proposal:
 class Record:
     """The finished evaluations: an image of the stored Optuna study, written in one transaction each.
 
-    Nothing unfinished is ever written, so a killed process leaves nothing to clean up: its last candidate was
-    not begun as far as the study knows. Several workers can share a storage by reading, before each proposal,
-    the trials that others added.
+    Nothing unfinished is ever written as a trial, so a killed process leaves none to clean up. Of two trials
+    of one architecture the first counts: all who read a study agree.
+
+    Attributes:
+        candidates: in the order of the study.
+        failed: likewise.
+        trials: all of both, as samplers see them.
+        keys: of their architectures.
+        others: keys of architectures that other workers are evaluating, and the numbers of their proposals.
     """
 
-    def __init__(self, problem: Problem, study: optuna.Study | None, where: str) -> None:
-        self.problem, self.where = problem, where
+    def __init__(self, problem: Problem, store: Store | None) -> None:
+        self.problem, self.store = problem, store
         self.candidates: list[Candidate] = []
         self.failed: list[Failure] = []
         self.trials: list[FrozenTrial] = []
         self.keys: set[str] = set()
-        self._study = study
+        self.others: dict[str, int] = {}
+        self._highest = -1  # number of a proposal
+        self._read = 0  # trials of the store that were looked at
 
     @classmethod
-    def opened(cls, problem: Problem, storage: str | Path | BaseStorage | None, name: str) -> Record:
+    def opened(
+        cls, problem: Problem, storage: str | Path | BaseStorage | None, name: str, patience: float = 30.0
+    ) -> Record:
         """The study of this name, made if need be, with what it holds.
 
         Raises:
             StudyMismatchError: if the stored study is another one.
-            NASError: if the database cannot be opened.
+            StorageError: if the storage cannot be opened.
         """
         if storage == "memory":
-            return cls(problem, None, "memory")
-        backend, where = _storage(storage, name)
+            return cls(problem, None)
         directions = [objective.direction for objective in problem.objectives]
-        study = _study(backend, where, name, directions)
+        return cls.of(problem, made(storage, name, directions, patience))
+
+    @classmethod
+    def of(cls, problem: Problem, store: Store) -> Record:
+        """As :meth:`opened`, of a study that is open."""
+        directions = [objective.direction for objective in problem.objectives]
+        where = f"the study {store.study.study_name!r} in {store.where}"
         # Trials first: a process that opens the study at this moment writes its description before them.
-        is_empty = not study.get_trials(deepcopy=False)
-        description = problem.description()
-        if "lightning_nas" not in study.user_attrs:
-            if not is_empty or [d.name.lower() for d in study.directions] != directions:
+        is_empty = not store.trials()
+        stored, description = store.attributes().get(IDENTITY), problem.description()
+        if stored is None:
+            if not is_empty or [d.name.lower() for d in store.study.directions] != directions:
                 raise StudyMismatchError(
-                    f"search: the study {name!r} in {where} was not written by a search of this package. "
-                    "Give another name or storage."
+                    f"search: {where} was not written by a search of this package. Give another name or "
+                    "storage."
                 )
-            study.set_user_attr("lightning_nas", description)
-        if differences := _differences(study.user_attrs["lightning_nas"], description):
+            store.set(IDENTITY, description)
+        elif differences := _differences(stored, description):
             raise StudyMismatchError(
-                f"search: the study {name!r} in {where} is of another search: {'; '.join(differences)}. "
-                "Give another name or storage; the stored study is as it was."
+                f"search: {where} is of another search: {'; '.join(differences)}. Give another name or "
+                "storage; the stored study is as it was."
             )
-        record = cls(problem, study, where)
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL)):
-            record._restore(trial)
+        record = cls(problem, store)
+        record.refresh()
         return record
 
     def __len__(self) -> int:
         return len(self.trials)
 
     @property
-    def next_proposal(self) -> int:
-        return max((trial.user_attrs["proposal"] + 1 for trial in self.trials), default=0)
+    def where(self) -> str:
+        """The storage, as messages call it."""
+        return "memory" if self.store is None else self.store.where
 
-    def add(self, proposal: Proposal, values: dict[str, float], failure: str | None = None) -> FrozenTrial:
-        """Write down a finished evaluation; returns it as Optuna sees it."""
+    @property
+    def next_proposal(self) -> int:
+        """One more than any number of a proposal that is known."""
+        return max(self._highest, *self.others.values(), -1) + 1
+
+    def is_taken(self, key: str) -> bool:
+        """Whether an architecture was evaluated, or is being evaluated by another worker."""
+        return key in self.keys or key in self.others
+
+    def refresh(self) -> None:
+        """Read what was added to the store since the last time."""
+        if self.store is None:
+            return
+        trials = self.store.trials()
+        for trial in trials[self._read :]:
+            if trial.state in (TrialState.COMPLETE, TrialState.FAIL):
+                self._restore(trial)
+        self._read = len(trials)
+
+    def add(self, proposal: Proposal, values: dict[str, float], failure: str | None = None) -> bool:
+        """Write down a finished evaluation; False if the study has one of this architecture already."""
+        if self.store is None:
+            self.keep(proposal, values, failure)
+            return True
+        study, trial = self.store.study, self._finished(proposal, values, failure)
+
+        def write() -> None:
+            self.refresh()  # an attempt that seemed to fail may have been written
+            if proposal.architecture.key not in self.keys:
+                study.add_trial(trial)
+
+        self.refresh()
+        if proposal.architecture.key in self.keys:
+            return False
+        self.store.again(write)
+        self.refresh()
+        return True
+
+    def keep(self, proposal: Proposal, values: dict[str, float], failure: str | None = None) -> None:
+        """Hold a finished evaluation here alone, if it is unknown."""
+        if proposal.architecture.key not in self.keys:
+            self._keep(self._finished(proposal, values, failure), proposal.architecture, values, failure)
+
+    def _finished(self, proposal: Proposal, values: dict[str, float], failure: str | None) -> FrozenTrial:
         notes = {"proposal": proposal.number, "sampler": proposal.notes, "measured": values}
-        trial = self._trial(proposal.architecture, values, notes, failure)
-        if self._study is not None:
-            self._study.add_trial(trial)
-        self._keep(trial, proposal.architecture, values, failure)
-        return trial
+        return self._trial(proposal.architecture, values, notes, failure)
 
     def _restore(self, stored: FrozenTrial) -> None:
         notes = stored.user_attrs
         if "proposal" not in notes:  # of a process that uses Optuna directly
             return
         architecture = self.problem.space.canonical(stored.params)
-        if architecture.key in self.keys:  # two workers at the same moment: the first counts
+        if architecture.key in self.keys:  # of a worker that was taken for dead
             return
         values = {**notes["measured"]}
         if any(limit.name not in values for limit in self.problem.analytic):
@@ -145,86 +194,11 @@ class Record:
     ) -> None:
         self.trials.append(trial)
         self.keys.add(architecture.key)
+        self._highest = max(self._highest, trial.user_attrs["proposal"])
         if failure is None:
             self.candidates.append(Candidate(architecture, values))
         else:
             self.failed.append(Failure(architecture, failure))
-
-
-@contextmanager
-def quiet_optuna() -> Iterator[None]:
-    """Without Optuna's line about each study that is made."""
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(verbosity)
-
-
-def _study(
-    storage: str | BaseStorage, where: str, name: str, directions: Sequence[Literal["minimize", "maximize"]]
-) -> optuna.Study:
-    """The Optuna study of this name, made if need be.
-
-    Optuna looks for each table of a database and then makes it: of several processes that do so at the same
-    moment, some fail, so a failure is worth another try.
-    """
-    from sqlalchemy.exc import DBAPIError
-
-    for longest in _WAITS:
-        time.sleep(SystemRandom().uniform(0, longest))  # not the generator that the user may have seeded
-        try:
-            with quiet_optuna():
-                return optuna.create_study(
-                    storage=storage, study_name=name, directions=directions, load_if_exists=True
-                )
-        except (DBAPIError, StorageInternalError) as error:
-            failure = error
-    raise NASError(
-        f"search: the study {name!r} could not be opened in {where}, in {len(_WAITS)} attempts: "
-        f"{str(failure).splitlines()[0]}. Check the URL, that its folder exists and can be written to, and "
-        "that no program keeps the database locked."
-    ) from failure
-
-
-def _storage(storage: str | Path | BaseStorage | None, name: str) -> tuple[str | BaseStorage, str]:
-    """The Optuna storage, and how to call it in messages."""
-    if not name:
-        raise ValueError("search: name is what the study is found by again and cannot be empty.")
-    if isinstance(storage, BaseStorage):
-        return storage, type(storage).__name__
-    if isinstance(storage, str) and "://" in storage:
-        return storage, _without_password(storage)
-    file_name = re.sub(r"[^\w.-]+", "-", name)
-    path = Path("nas_studies") / f"{file_name}.log" if storage is None else Path(storage)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = JournalFileOpenLock(str(path))
-    if path.is_dir() or (path.exists() and path.read_bytes()[:1] not in (b"", b"{")):
-        raise ValueError(
-            f"search: storage {str(path)!r} is no journal file; a database is given by its URL, as "
-            f"'sqlite:///{path}'."
-        )
-    if path.exists():
-        _mend(path, lock)
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock)), str(path)
-
-
-def _without_password(url: str) -> str:
-    """The URL as messages show it."""
-    return re.sub(r"(://[^:/@]*):[^/]*@", r"\1:***@", url)
-
-
-def _mend(path: Path, lock: JournalFileOpenLock) -> None:
-    """Cut off a last line that a crash left half written: appended to, it would spoil the whole journal."""
-    lock.acquire()
-    try:
-        with path.open("rb+") as file:
-            content = file.read()
-            if not content.endswith(b"\n"):
-                file.truncate(content.rfind(b"\n") + 1)
-    finally:
-        lock.release()
 
 
 def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

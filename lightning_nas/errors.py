@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-__all__ = ["NASError", "NoMatchError", "SavedFolderError", "StudyMismatchError", "UnsupportedError"]
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_nas.results import SearchResult
+
+__all__ = [
+    "NASError",
+    "NoMatchError",
+    "SavedFolderError",
+    "StorageError",
+    "StudyMismatchError",
+    "UnsupportedError",
+]
 
 
 class NASError(Exception):
@@ -23,3 +35,14 @@ class StudyMismatchError(NASError):
 
 class SavedFolderError(NASError):
     """A folder of a saved network is missing, incomplete, damaged or not ours."""
+
+
+class StorageError(NASError):
+    """The storage of a study cannot be reached, or has failed for longer than the search's patience.
+
+    Attributes:
+        result: what the search had found, the candidate that could not be written included; None before it
+            began.
+    """
+
+    result: SearchResult | None = None

@@ -16,16 +16,22 @@ from tqdm.auto import tqdm
 
 from lightning_nas._proposals import Proposals
 from lightning_nas._record import Record
-from lightning_nas.objectives import Bound, Objective
+from lightning_nas._settings import SETTINGS, problem_of, settings_of, strategy_of
+from lightning_nas._storage import Store, found
+from lightning_nas.errors import NoMatchError, StorageError, StudyMismatchError
+from lightning_nas.objectives import Bound, Cost, Objective, Scalarization
 from lightning_nas.problem import Problem
 from lightning_nas.results import Candidate, SearchResult, hypervolume, keeps, losses, non_dominated
+from lightning_nas.sharing import Claims, Sharing
 from lightning_nas.space import Architecture, SearchSpace, Value
 from lightning_nas.strategies import Strategy, strategies
 
-__all__ = ["Evaluate", "OnCandidate", "resolved", "say_where", "search"]
+__all__ = ["Evaluate", "OnCandidate", "join", "resolved", "say_where", "search"]
 
 Evaluate: TypeAlias = Callable[[Architecture], Mapping[str, float]]
 OnCandidate: TypeAlias = Callable[[Candidate, SearchResult], None]
+
+_SHARING = Sharing()
 
 
 def search(
@@ -42,6 +48,7 @@ def search(
     initial: Iterable[Mapping[str, Value]] = (),
     on_candidate: OnCandidate | None = None,
     progress: bool = True,
+    sharing: Sharing = _SHARING,
 ) -> SearchResult:
     """Search a space for the architectures that trade the objectives best.
 
@@ -49,6 +56,10 @@ def search(
     whose ``evaluate`` raised, continues when called again: nothing finished is lost or evaluated twice, and
     with equal arguments the continued study is the uninterrupted one. A finished search returns at once; a
     larger budget extends it.
+
+    Any number of processes and machines can share a study, by this call or by :func:`join`: together they
+    evaluate ``budget`` architectures, none twice, and each returns the whole study. What a worker that died
+    had begun, another begins again.
 
     The front of two architectures that share one network is one candidate: proposals are compared in
     canonical form, and one that is known is answered from the study. A value that is not finite makes a
@@ -77,15 +88,18 @@ def search(
         progress: show a bar: evaluations, candidates a minute, time left, hypervolume, duplicates and
             rejected. Its hypervolume never falls: a cost's reference is the worse of the smallest and largest
             architecture, a measured value's the worst of the first ten candidates.
+        sharing: how long other workers and a failing storage are waited for.
 
     Returns:
         All candidates, their front, tables and plots.
 
     Raises:
-        ValueError: for arguments that cannot work; a value missing in what ``evaluate`` returns; constraints
-            that nothing satisfies.
+        ValueError: for arguments that cannot work; a budget below what the study has spent; a value missing
+            in what ``evaluate`` returns; constraints that nothing satisfies.
         TypeError: for an objective, a strategy or a measured value of the wrong kind.
         StudyMismatchError: if the storage holds a study of this name with another space or other objectives.
+        StorageError: if the storage cannot be opened, or fails for longer than ``sharing.patience``; its
+            ``.result`` is what was found, the last candidate included.
 
     Example:
         >>> from lightning_nas.objectives import Minimize
@@ -109,36 +123,160 @@ def search(
         raise ValueError(f"search: seed must be a whole number from 0 up, got {seed!r}.")
     first = [space.canonical(architecture) for architecture in initial]
 
-    record = Record.opened(problem, storage, name)
+    record = Record.opened(problem, storage, name, sharing.patience)
+    if budget < len(record):
+        raise ValueError(
+            f"search: budget is {budget}, but the study {name!r} in {record.where} has spent {len(record)} "
+            f"evaluations already. Give a budget of at least {len(record)}, or another name."
+        )
+    if record.store is not None:
+        settings = settings_of(problem, strategy, budget, seed)
+        if record.store.attributes().get(SETTINGS) != settings:
+            record.store.set(SETTINGS, settings)
     proposals = Proposals(problem, strategy, budget, seed, record, first)
+    return _searched(evaluate, proposals, name, on_candidate, progress, sharing)
+
+
+def join(
+    evaluate: Evaluate,
+    *,
+    storage: str | Path | BaseStorage | None = None,
+    name: str = "search",
+    costs: Iterable[Cost | Scalarization] = (),
+    strategy: str | Strategy | None = None,
+    wait: float = 300.0,
+    on_candidate: OnCandidate | None = None,
+    progress: bool = True,
+    sharing: Sharing = _SHARING,
+) -> SearchResult:
+    """Work on a search that another machine began: all that a further one calls.
+
+    Space, objectives, constraints, strategy, budget and seed are read from the study.
+
+    Args:
+        evaluate: measures one architecture, as that of the search.
+        storage: the one that :func:`search` was given.
+        name: likewise.
+        costs: the costs and scalarizations of the search, which cannot be stored. They are known by their
+            names, and must count alike.
+        strategy: in place of the stored one, where that is an object of a class without a registered name.
+        wait: seconds to wait for a study that does not exist yet.
+        on_candidate: called with each candidate finished in this call, and the result so far.
+        progress: show a bar of the whole study.
+        sharing: how long other workers and a failing storage are waited for.
+
+    Returns:
+        All candidates of the study, when its budget is spent.
+
+    Raises:
+        ValueError: for a search in memory.
+        NoMatchError: if there is no such study after ``wait``, or costs are missing or unknown.
+        StudyMismatchError: if the study was not written by :func:`search`, or its strategy cannot be made.
+        StorageError: as :func:`search`.
+
+    Example:
+        >>> from lightning_nas.objectives import Maximize
+        >>> from lightning_nas.space import Choice
+        >>> from optuna.storages import InMemoryStorage
+        >>> storage = InMemoryStorage()  # a URL or a file, for other processes
+        >>> def measure(arch):
+        ...     return {"accuracy": arch["width"] / 3}
+        >>> settings = {"storage": storage, "name": "vit", "progress": False}
+        >>> space = SearchSpace([Choice("width", (1, 2, 3))])
+        >>> search(space, measure, [Maximize("accuracy")], budget=3, **settings)
+        <SearchResult: maximize accuracy; 3 candidates, 1 on the front>
+        >>> join(measure, **settings)
+        <SearchResult: maximize accuracy; 3 candidates, 1 on the front>
+    """
+    where = f"the study {name!r}"
+    store = _awaited(storage, name, wait, progress, sharing.patience)
+    attributes = store.attributes()
+    problem, settings = problem_of(attributes, costs, where), attributes[SETTINGS]
+    own = strategy_of(settings, where) if strategy is None else resolved(strategy)
+    record = Record.of(problem, store)
+    budget = max(settings["budget"], len(record))
+    proposals = Proposals(problem, own, budget, settings["seed"], record, ())
+    return _searched(evaluate, proposals, name, on_candidate, progress, sharing)
+
+
+def _searched(
+    evaluate: Evaluate,
+    proposals: Proposals,
+    name: str,
+    on_candidate: OnCandidate | None,
+    progress: bool,
+    sharing: Sharing,
+) -> SearchResult:
+    problem, record, budget = proposals.problem, proposals.record, proposals.budget
 
     def result() -> SearchResult:
         candidates = tuple(record.candidates)
         return SearchResult(
-            space,
+            problem.space,
             problem.objectives,
             candidates,
             limits=problem.limits,
             failed=tuple(record.failed),
             duplicates=proposals.duplicates,
             rejected=proposals.rejected,
-            reference=next((c for c in candidates if c.architecture == space.largest), None),
+            reference=next((c for c in candidates if c.architecture == problem.space.largest), None),
         )
 
-    with _Progress(problem, record, budget, shown=progress) as bar:
-        while len(record) < budget and (proposal := proposals.next()) is not None:
-            try:
-                measured = evaluate(proposal.architecture)
-            except BaseException as error:
-                say_where(error, f"search {name!r}", proposal.architecture, record)
-                raise
-            values = problem.values(measured, proposal.costs)
-            fault = problem.fault(values)
-            proposals.told(record.add(proposal, values, fault))
-            if fault is None and on_candidate is not None:
-                on_candidate(record.candidates[-1], result())
+    try:
+        with Claims(record, sharing) as claims, _Progress(problem, record, budget, shown=progress) as bar:
+            while claims.look() < budget:
+                bar.update(proposals)
+                proposal = proposals.next() if len(record) + len(record.others) < budget else None
+                if proposal is None and not record.others:
+                    break
+                if proposal is None:
+                    claims.wait()
+                elif claims.take(proposal, budget):
+                    try:
+                        measured = evaluate(proposal.architecture)
+                    except BaseException as error:
+                        say_where(error, f"search {name!r}", proposal.architecture, record)
+                        raise
+                    values = problem.values(measured, proposal.costs)
+                    fault = problem.fault(values)
+                    counts = claims.finish(proposal, values, fault, budget)
+                    if counts and fault is None and on_candidate is not None:
+                        on_candidate(Candidate(proposal.architecture, values), result())
             bar.update(proposals)
+    except StorageError as error:
+        if error.result is None:
+            error.result = result()
+        raise
     return result()
+
+
+def _awaited(
+    storage: str | Path | BaseStorage | None, name: str, wait: float, progress: bool, patience: float
+) -> Store:
+    """The study of this name with the settings of its search, as soon as it exists."""
+    if storage == "memory":
+        raise ValueError(
+            "join: a search in memory cannot be joined; give it a storage that others can reach."
+        )
+    deadline, pause = time.monotonic() + wait, 0.25
+    while True:
+        try:
+            store = found(storage, name, patience)
+            is_begun = bool(store.trials())
+            if SETTINGS in store.attributes():
+                return store
+            if is_begun:
+                raise StudyMismatchError(
+                    f"join: the study {name!r} in {store.where} does not say how it is searched: an earlier "
+                    "version began it, or another program. Call search once more, with its arguments."
+                )
+        except NoMatchError:
+            if time.monotonic() > deadline:
+                raise
+        if pause == 0.25 and progress:
+            tqdm.write(f"join: waits up to {wait:g} s for the study {name!r}.", sys.stderr)
+        time.sleep(pause)
+        pause = min(2 * pause, 4.0)
 
 
 class _Progress:
@@ -176,12 +314,13 @@ class _Progress:
     def update(self, proposals: Proposals) -> None:
         if self.bar.disable:
             return
+        fresh = len(self.record) - self.bar.n
         shown = {"per min": f"{60 * (len(self.record) - self.start) / (time.monotonic() - self.began):.1f}"}
         if len(self.record.candidates) >= self._SETTLED:
             shown["hypervolume"] = f"{self._hypervolume():.5g}"
         shown.update(duplicates=str(proposals.duplicates), rejected=str(proposals.rejected))
         self.bar.set_postfix(shown, refresh=False)
-        self.bar.update()
+        self.bar.update(fresh)
 
     def _hypervolume(self) -> float:
         problem, candidates = self.problem, self.record.candidates
