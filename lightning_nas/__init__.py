@@ -11,6 +11,7 @@ from lightning_nas.errors import (
 )
 from lightning_nas.evaluation.comparison import Comparison, compare
 from lightning_nas.objectives import Maximize, Minimize
+from lightning_nas.racing import Race, Racing
 from lightning_nas.results import Candidate, SearchResult
 from lightning_nas.sampling import Largest, MultiArchitectural, Progressive, Random, Sandwich
 from lightning_nas.saving import load, save
@@ -39,6 +40,8 @@ __all__ = [
     "NASError",
     "NoMatchError",
     "Progressive",
+    "Race",
+    "Racing",
     "Random",
     "Relations",
     "Sandwich",
