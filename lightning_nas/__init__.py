@@ -18,7 +18,7 @@ from lightning_nas.saving import load, save
 from lightning_nas.scalarizations import AbsoluteReward, Chebyshev, HingeReward, MnasNetReward
 from lightning_nas.space import Architecture, Choice, Depth, SearchSpace
 from lightning_nas.study import search
-from lightning_nas.supernet import Supernet, elastic
+from lightning_nas.supernet import Supernet, SupernetEvaluator, elastic
 
 __all__ = [
     "AbsoluteReward",
@@ -50,6 +50,7 @@ __all__ = [
     "SearchSpace",
     "StudyMismatchError",
     "Supernet",
+    "SupernetEvaluator",
     "Task",
     "Teacher",
     "UnsupportedError",

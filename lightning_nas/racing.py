@@ -249,7 +249,7 @@ class Run:
         """
         if not sum(map(len, self.parts.values())):
             raise ValueError("Race: there is no score, since the data is empty.")
-        if self.is_stopped:
+        if self.is_stopped or self._rivals.racing is None:
             return
         if self._rivals._count and self.parts.keys() != self._rivals._weights.keys():
             raise ValueError(
