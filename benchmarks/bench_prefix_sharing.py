@@ -15,7 +15,7 @@ import torch
 from lightning_nas.space import Architecture, SearchSpace
 from lightning_nas.supernet import Supernet, SupernetEvaluator
 
-REPEATS = 7
+REPEATS = 5
 
 
 def crossed(space: SearchSpace, rng: np.random.Generator, count: int, points: int) -> list[Architecture]:
@@ -37,7 +37,7 @@ def main() -> None:
     torch.set_num_threads(1)
     supernet = Supernet(timm.create_model("vit_tiny_patch16_224", depth=12, img_size=96).eval())
     space, rng = supernet.space, np.random.default_rng(0)
-    batches = [(torch.randn(16, 3, 96, 96),) for _ in range(2)]
+    batches = [(torch.randn(16, 3, 96, 96),) for _ in range(1)]
     late = [  # neighbours of one network that differ in the last third
         space.architecture({**space.largest, f"layers.{i}.{kind}": space[f"layers.{i}.{kind}"].values[value]})
         for i in (8, 9, 10, 11) for kind in ("heads", "mlp") for value in (0, 1)
@@ -47,24 +47,29 @@ def main() -> None:
         "two-point crossover": crossed(space, rng, 16, 2),
         "changes in the last third": late,
     }
-    print(f"{'population of 16, 12 blocks':<30} {'blocks saved':>12} {'ideal ratio':>12} {'time ratio':>12}")
+    print(
+        f"{'population of 16, 12 blocks':<30} {'blocks saved':>12} {'ideal ratio':>12} {'time ratio':>12} {'noise':>7}"
+    )
     for name, members in populations.items():
-        shared, alone = (
+        shared, alone, same = (
             SupernetEvaluator(supernet, batches, lambda output, _: output.argmax(1), share_prefixes=shares)
-            for shares in (True, False)
+            for shares in (True, False, False)
         )
-        ratios = []
+        ratios, noise = [], []
         for repeat in range(REPEATS + 1):
             times = []
-            for evaluate in (shared, alone):
+            for evaluate in (shared, alone, same):
                 start = time.process_time()
                 evaluate.many(members)
                 times.append(time.process_time() - start)
             if repeat:
                 ratios.append(times[1] / times[0])
+                noise.append(times[1] / times[2])
         ran, saved = shared.prefixes.executed, shared.prefixes.skipped
         ideal = (ran + saved) / ran
-        print(f"{name:<30} {saved / (ran + saved):>12.1%} {ideal:>12.2f} {median(ratios):>12.2f}")
+        print(
+            f"{name:<30} {saved / (ran + saved):>12.1%} {ideal:>12.2f} {median(ratios):>12.2f} {median(noise):>7.2f}"
+        )
 
 
 if __name__ == "__main__":

@@ -35,8 +35,10 @@ class _Kept:
         return cls(own, given, gave, tuple(tensor._version for tensor in tensors))
 
     def answers(self, own: int, given: Any) -> bool:
+        if own != self.own:
+            return False
         current = tuple(tensor._version for tensor in _tensors((self.given, self.gave)))
-        return own == self.own and current == self.versions and _is_same(given, self.given)
+        return current == self.versions and _is_same(given, self.given)
 
 
 class SharedPrefixes:

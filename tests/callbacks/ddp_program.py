@@ -62,7 +62,7 @@ def run(name: str, folder: Path, **trainer) -> pl.Trainer:
     else:
         callback = SupernetTraining(**settings)
     trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=2, precision="64-true", callbacks=[callback],
+        accelerator="cpu", max_epochs=6 if name == "race" else 2, precision="64-true", callbacks=[callback],
         accumulate_grad_batches=accumulate,
         gradient_clip_val=0.5, use_distributed_sampler=False, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, **trainer,
