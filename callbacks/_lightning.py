@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from copy import copy, deepcopy
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from pytorch_lightning import Callback, LightningModule, Trainer
@@ -26,8 +26,10 @@ __all__ = [
     "accumulates",
     "callbacks_of",
     "can_validate",
+    "end_validation",
     "has_static_graph",
     "run_validation",
+    "sum_so_far",
     "syncs_batch_norm",
     "takes_batch_idx",
     "training_batches",
@@ -126,12 +128,16 @@ def uncompiled(module: LightningModule) -> LightningModule:
     return module if module._compiler_ctx is None else to_uncompiled(module)
 
 
-def run_validation(trainer: Trainer) -> dict[str, float]:
+def run_validation(trainer: Trainer, watch: Callback | None = None) -> dict[str, float]:
     """One pass of the running Trainer's own validation loop over the user's ``validation_step`` and metrics.
 
     Callbacks (but for weight averaging, which lends its weights) and loggers see nothing of it, and the
     loop's progress, the logged values and the trainer's stage are put back. On several processes each value
     is the mean over them.
+
+    Args:
+        trainer: the Trainer.
+        watch: a callback that does see it, and may :func:`end_validation`.
 
     Returns:
         What the module logged, by the names that ``monitor=`` would use.
@@ -146,7 +152,7 @@ def run_validation(trainer: Trainer) -> dict[str, float]:
             if isinstance(bar, RichProgressBar) and bar.is_enabled:
                 bar.disable()
                 undo.callback(bar.enable)
-        _restore(undo, trainer, "callbacks", kept)
+        _restore(undo, trainer, "callbacks", kept if watch is None else [*kept, watch])
         _restore(undo, trainer, "loggers", [DummyLogger() for _ in trainer.loggers])
         _restore(undo, trainer.state, "stage", trainer.state.stage)
         if hasattr(trainer, "_last_val_time"):  # a Trainer that has never validated lacks it
@@ -167,6 +173,39 @@ def run_validation(trainer: Trainer) -> dict[str, float]:
         loop.run()
         logged = dict(connector._callback_metrics)
     return _mean_over_ranks(trainer, {name: float(value) for name, value in logged.items()})
+
+
+def end_validation() -> NoReturn:
+    """From a callback's ``on_validation_batch_end``: end the loop as if there were no more data."""
+    raise StopIteration
+
+
+def sum_so_far(trainer: Trainer, name: str, samples: float) -> tuple[float, float] | None:
+    """What the running validation has summed up of a value that is a mean, and over how many samples.
+
+    Args:
+        trainer: the Trainer, in ``on_validation_batch_end``.
+        name: of the value, logged in ``validation_step`` as a number or as a metric object.
+        samples: how many this process has seen, for a metric object. Its value is computed on this process.
+
+    Returns:
+        The two; None where the value is not logged there, with several loaders, or not as a mean.
+    """
+    for logged in (trainer._results or {}).values():
+        meta = logged.meta
+        if name not in (meta.name, meta.forked_name(on_step=False)) or not meta.on_epoch:
+            continue
+        if meta.fx != "validation_step" or (logged.is_tensor and not meta.is_mean_reduction):
+            return None
+        if logged.is_tensor:
+            return float(logged.value), float(logged.cumulated_batch_size)
+        metric, syncs = logged.value, logged.value._to_sync
+        metric._to_sync = False
+        try:
+            return samples * float(metric.compute()), samples
+        finally:
+            metric._to_sync, metric._computed = syncs, None
+    return None
 
 
 def _restore(undo: ExitStack, owner: Any, name: str, value: Any) -> None:

@@ -14,6 +14,7 @@ import torch
 from lightning_nas.callbacks._capture import detached, entry_of
 from lightning_nas.callbacks._isolation import same_random_state
 from lightning_nas.callbacks._lightning import callbacks_of, can_validate
+from lightning_nas.callbacks._racing import BatchRace
 from lightning_nas.callbacks.supernet_training import SupernetTraining
 from lightning_utilities.core.apply_func import apply_to_collection
 from pytorch_lightning import Callback, LightningDataModule, LightningModule, Trainer
@@ -27,6 +28,7 @@ from lightning_nas.costs import costs as known_costs
 from lightning_nas.costs import resolve
 from lightning_nas.errors import NASError, UnsupportedError
 from lightning_nas.objectives import Cost, Limit, Maximize, Minimize, Objective
+from lightning_nas.racing import Racing, Rivals
 from lightning_nas.registry import nearest
 from lightning_nas.results import Candidate, SearchResult
 from lightning_nas.space import Architecture
@@ -60,6 +62,12 @@ class InstaTune(SupernetTraining):
             checkpoints.
         constraints: bounds on costs, as ``{"macs": ("<=", 2e8)}``.
         folder: where to write; ``None``: ``instatune`` beside the checkpoints, or in the trainer's root.
+        racing: how sure to be before validation of a candidate is left early, because one that costs no more
+            is better (``nas.Racing()``); ``None``: all are validated on everything. What is compared is what
+            each batch adds to ``monitor``, in the order of the validation loader, which must be a random one
+            (not by class); ``bounds`` are not used. It takes some twenty batches at least; more and smaller
+            ones race better. The error rate holds for means over samples (accuracy, loss); for other values
+            (F1, AUC), logged as metric objects, it is approximate, since early batches weigh otherwise.
         **training: the arguments of :class:`SupernetTraining`. With ``sampler="largest"`` a plainly
             fine-tuned network is searched; ``seed`` is also the search's. A network that training did not
             put in order is put in order before the search.
@@ -85,6 +93,7 @@ class InstaTune(SupernetTraining):
         storage: Any = None,  # whatever Optuna takes
         constraints: Mapping[Any, tuple[str, float]] | None = None,
         folder: str | Path | None = None,
+        racing: Racing | None = None,
         **training: Any,  # those of SupernetTraining, which checks them
     ) -> None:
         super().__init__(**training)
@@ -100,6 +109,9 @@ class InstaTune(SupernetTraining):
         self.monitor, self.mode, self.costs, self.budget = monitor, mode, tuple(costs), budget
         self.strategy = resolved(strategy)
         self.storage, self.constraints, self.folder = storage, constraints, folder
+        if not isinstance(racing, Racing | None):
+            raise TypeError(f"InstaTune: racing must be a nas.Racing(...) or None, got {racing!r}.")
+        self.racing = racing
         Limit.all_of(constraints, "InstaTune")  # names a wrong bound now, not after training
         self.result: SearchResult | None = None
         self._search_after_validation = False
@@ -226,8 +238,16 @@ class InstaTune(SupernetTraining):
         costs = {quantity.name for quantity in constraints if not isinstance(quantity, str)}
         taken = {*supernet.space.names, *(o.name for o in objectives[1:]), *costs}
 
+        # A batch's mean is no sum of few known steps, as Racing.bounds would have it.
+        racing = None if self.racing is None else replace(self.racing, bounds=None)
+        rivals, counts = Rivals(racing, self.mode), [o.quantity for o in objectives[1:]]
+
         def evaluate(architecture: Architecture) -> dict[str, float]:
-            logged = self.evaluate(trainer, pl_module, architecture)
+            if racing is None:
+                logged = self.evaluate(trainer, pl_module, architecture)
+            else:
+                race = BatchRace(self.monitor, rivals.start(cost(architecture) for cost in counts))
+                logged = race.values(self.evaluate(trainer, pl_module, architecture, race))
             return {name: value for name, value in logged.items() if name not in taken}
 
         def run(evaluate: Callable[[Architecture], dict[str, float]]) -> SearchResult:
@@ -326,7 +346,7 @@ class InstaTune(SupernetTraining):
         return {
             "monitor": self.monitor, "mode": self.mode,
             "costs": [str(getattr(cost, "name", cost)) for cost in self.costs],
-            "strategy": repr(self.strategy), "budget": self.budget,
+            "strategy": repr(self.strategy), "budget": self.budget, "racing": repr(self.racing),
             "sampler": repr(self.sampler), "order": self.order,
             "warmup_steps": self.phases.warmup_steps, "lr_factor": self.lr_factor, "seed": self.seed,
             "students_learn_from": type(self.student_loss).__name__, "space_size": str(space.size),

@@ -680,9 +680,19 @@ class SupernetTraining(Callback):
         self.watch.validated(trainer, values)
 
     def evaluate(
-        self, trainer: Trainer, pl_module: LightningModule, architecture: Architecture
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        architecture: Architecture,
+        watch: Callback | None = None,
     ) -> dict[str, float]:
         """What the user's own validation logs for one architecture, leaving no trace in the run.
+
+        Args:
+            trainer: the running Trainer.
+            pl_module: the user's module.
+            architecture: the subnetwork.
+            watch: a callback that sees this validation; the run's own do not.
 
         Returns:
             The logged values by name.
@@ -693,7 +703,7 @@ class SupernetTraining(Callback):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(self._require().using(architecture))
             self._recalibrate(trainer, pl_module)
-            return run_validation(trainer)
+            return run_validation(trainer, watch)
 
     def _recalibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the active subnetwork batch-norm statistics of its own, by the user's ``training_step``.

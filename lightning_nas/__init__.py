@@ -12,6 +12,7 @@ from lightning_nas.errors import (
 )
 from lightning_nas.evaluation.comparison import Comparison, compare
 from lightning_nas.objectives import Maximize, Minimize
+from lightning_nas.racing import Race, Racing
 from lightning_nas.results import Candidate, SearchResult
 from lightning_nas.sampling import Largest, MultiArchitectural, Progressive, Random, Sandwich
 from lightning_nas.saving import load, save
@@ -19,7 +20,7 @@ from lightning_nas.scalarizations import AbsoluteReward, Chebyshev, HingeReward,
 from lightning_nas.sharing import Sharing
 from lightning_nas.space import Architecture, Choice, Depth, SearchSpace
 from lightning_nas.study import join, search
-from lightning_nas.supernet import Supernet, elastic
+from lightning_nas.supernet import Supernet, SupernetEvaluator, elastic
 
 __all__ = [
     "AbsoluteReward",
@@ -41,6 +42,8 @@ __all__ = [
     "NASError",
     "NoMatchError",
     "Progressive",
+    "Race",
+    "Racing",
     "Random",
     "Relations",
     "Sandwich",
@@ -51,6 +54,7 @@ __all__ = [
     "StorageError",
     "StudyMismatchError",
     "Supernet",
+    "SupernetEvaluator",
     "Task",
     "Teacher",
     "UnsupportedError",

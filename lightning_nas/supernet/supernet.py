@@ -136,6 +136,11 @@ class Supernet:
         """Whether the user has the model back, and this supernet can do nothing more."""
         return self._is_released
 
+    @property
+    def batch_norms(self) -> tuple[str, ...]:
+        """Names of the batch norms, for which each subnetwork needs statistics of its own."""
+        return tuple(self._norms)
+
     def __repr__(self) -> str:
         state = "released" if self._is_released else self.execution
         return f"Supernet({type(self.model).__name__}, {self.space}, {state})"

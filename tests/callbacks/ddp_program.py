@@ -9,7 +9,7 @@ import torch
 from lightning_nas.callbacks import InstaTune, SelfDistillation, SupernetTraining
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_nas import Depth, SearchSpace
+from lightning_nas import Depth, Racing, SearchSpace
 from tests import user_modules as users
 
 RUNS = {  # name -> students_learn_from, micro-batches a step
@@ -17,6 +17,7 @@ RUNS = {  # name -> students_learn_from, micro-batches a step
     "both": ("both", 2),
     "at the start": ("teacher", 1),
     "search": ("both", 1),
+    "race": ("both", 1),
     "itself": ("itself", 2),
     "blocks of students alone": ("task", 2),
 }
@@ -35,6 +36,15 @@ class Halves(pl.LightningDataModule):
         return DataLoader(users.images(24, 1), batch_size=4)
 
 
+class ManyBatches(Halves):
+    """Enough of them for a race, other ones on each process."""
+
+    def val_dataloader(self):
+        data = users.images(360, 1)
+        sampler = DistributedSampler(data, self.trainer.world_size, self.trainer.global_rank, shuffle=False)
+        return DataLoader(data, batch_size=4, sampler=sampler)
+
+
 def run(name: str, folder: Path, **trainer) -> pl.Trainer:
     learn, accumulate = RUNS[name]
     settings = {"warmup": 0 if name == "at the start" else 2, "students_learn_from": learn, "validate": ()}
@@ -44,17 +54,20 @@ def run(name: str, folder: Path, **trainer) -> pl.Trainer:
         net = users.tiny_vit(depth=4)
     if name == "search":
         callback = InstaTune(budget=4, folder=folder / "found", **settings)
+    elif name == "race":  # for small inaccurate networks: of a trained family most are clearly beaten
+        race = {"mode": "min", "strategy": "random", "racing": Racing(front=10)}
+        callback = InstaTune(budget=6, folder=folder / "race", **race, **settings)
     elif name == "itself":
         callback = SelfDistillation(snapshots=2, unit="step", ema=0.5)
     else:
         callback = SupernetTraining(**settings)
     trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=2, precision="64-true", callbacks=[callback],
+        accelerator="cpu", max_epochs=6 if name == "race" else 2, precision="64-true", callbacks=[callback],
         accumulate_grad_batches=accumulate,
         gradient_clip_val=0.5, use_distributed_sampler=False, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, **trainer,
     )  # fmt: skip
-    trainer.fit(users.PlainClassifier(net), Halves())
+    trainer.fit(users.PlainClassifier(net), ManyBatches() if name == "race" else Halves())
     return trainer
 
 
@@ -68,6 +81,9 @@ def main(folder: Path) -> None:
             front = trainer.callbacks[0].result.front
             rows = [[dict(c.architecture), c.values["macs"], c.values["val_acc"]] for c in front]
             (folder / f"front{trainer.global_rank}.json").write_text(json.dumps(rows))
+        if name == "race":
+            rows = [[dict(c.architecture), c.values] for c in trainer.callbacks[0].result.candidates]
+            (folder / f"race{trainer.global_rank}.json").write_text(json.dumps(rows))
 
 
 if __name__ == "__main__":

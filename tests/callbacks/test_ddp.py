@@ -42,3 +42,13 @@ def test_a_search_on_two_processes_gives_both_the_same_front(ended):
     assert fronts[0] == fronts[1]
     assert fronts[0]
     assert (ended / "found" / "front.png").exists()
+
+
+def test_two_processes_stop_the_same_candidates_by_the_batches_of_both(ended):
+    first, second = (torch.load(ended / f"race{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert_same(first, second, rtol=0, atol=0)
+    raced = [json.loads((ended / f"race{rank}.json").read_text()) for rank in (0, 1)]
+    assert raced[0] == raced[1]
+    shares = [values["share"] for _, values in raced[0]]
+    assert {1.0} < set(shares)
+    assert all(round(share * 45) == pytest.approx(share * 45) for share in shares)  # batches of both

@@ -13,8 +13,10 @@ import torch
 from lightning_nas.callbacks._lightning import (
     accumulates,
     can_validate,
+    end_validation,
     has_static_graph,
     run_validation,
+    sum_so_far,
     syncs_batch_norm,
     takes_batch_idx,
 )
@@ -294,6 +296,52 @@ def test_run_validation_validates_the_averaged_weights_where_the_run_does():
     assert len(watch.pairs) == 2
     for own, found in watch.pairs:
         assert found == pytest.approx(own, rel=1e-6)
+
+
+# --- sum_so_far, end_validation
+
+
+@pytest.mark.parametrize("cls", [users.PlainClassifier, users.MetricObjects])
+def test_what_is_summed_up_so_far_is_that_of_the_batches_so_far(cls):
+    class Watch(pl.Callback):
+        def __init__(self):
+            self.found, self.samples = [], 0
+
+        def on_validation_batch_end(self, trainer, pl_module, outputs, batch, *indices):
+            self.samples += len(batch[1])
+            assert sum_so_far(trainer, "unknown", self.samples) is None
+            self.found.append(sum_so_far(trainer, ACCURACY, self.samples))
+
+    watch = Watch()
+    once = Once(lambda trainer, module: (run_validation(trainer, watch), copy.deepcopy(module.net)))
+    trainer_with(once).fit(cls(), users.loader(), ragged())
+    logged, net = once.result
+    x, y = users.images(20, seed=3).tensors
+    with torch.no_grad():
+        correct = (net.eval()(x).argmax(-1) == y).float()
+    assert watch.found == [pytest.approx((correct[:n].sum().item(), n)) for n in (8, 16, 20)]
+    assert logged[ACCURACY] == pytest.approx(correct.mean().item())
+
+
+def test_a_validation_that_is_ended_is_that_of_the_batches_before_and_the_next_one_is_whole():
+    class End(pl.Callback):
+        def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx, *indices):
+            if batch_idx == 1:
+                end_validation()
+
+    def both(trainer, pl_module):
+        pl_module.net.blocks[0].eval()
+        modes = [module.training for module in pl_module.modules()]
+        ended, whole = run_validation(trainer, End()), run_validation(trainer)
+        assert [module.training for module in pl_module.modules()] == modes
+        return ended, whole, copy.deepcopy(pl_module)
+
+    once = Once(both)
+    workers = torch.utils.data.DataLoader(users.images(20, seed=3), 8, num_workers=1, persistent_workers=True)
+    trainer_with(once).fit(users.PlainClassifier(), users.loader(), workers)
+    ended, whole, module = once.result
+    assert ended == pytest.approx(independently(module, list(ragged())[:2]), rel=1e-5)
+    assert whole == pytest.approx(independently(module, ragged()), rel=1e-5)
 
 
 class Spy(pl.Callback):
