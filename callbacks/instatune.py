@@ -65,8 +65,8 @@ class InstaTune(SupernetTraining):
         racing: how sure to be before validation of a candidate is left early, because one that costs no more
             is better (``nas.Racing()``); ``None``: all are validated on everything. What is compared is what
             each batch adds to ``monitor``, in the order of the validation loader, which must be a random one
-            (not by class); ``bounds`` are not used. It takes some twenty batches at least; more and smaller
-            ones race better. The error rate holds for means over samples (accuracy, loss); for other values
+            (not by class); ``bounds`` are not used. It takes a dozen batches at least; more and smaller ones
+            race better. The error rate holds for means over samples (accuracy, loss); for other values
             (F1, AUC), logged as metric objects, it is approximate, since early batches weigh otherwise.
         **training: the arguments of :class:`SupernetTraining`. With ``sampler="largest"`` a plainly
             fine-tuned network is searched; ``seed`` is also the search's. A network that training did not
@@ -113,8 +113,8 @@ class InstaTune(SupernetTraining):
             raise TypeError(f"InstaTune: racing must be a nas.Racing(...) or None, got {racing!r}.")
         if racing is not None and (measured := [q for q in constraints or () if _is_measured(q)]):
             raise ValueError(
-                f"InstaTune: racing cannot tell who keeps the bound on {measured[0]!r}, which is measured: one "
-                "that breaks it would stop others. Leave racing out, or bound costs only."
+                f"InstaTune: racing cannot tell who keeps the bound on {measured[0]!r}, which is measured: "
+                "one that breaks it would stop others. Leave racing out, or bound costs only."
             )
         self.racing = racing
         Limit.all_of(constraints, "InstaTune")  # names a wrong bound now, not after training
