@@ -47,9 +47,8 @@ def main() -> None:
         "two-point crossover": crossed(space, rng, 16, 2),
         "changes in the last third": late,
     }
-    print(
-        f"{'population of 16, 12 blocks':<30} {'blocks saved':>12} {'ideal ratio':>12} {'time ratio':>12} {'noise':>7}"
-    )
+    columns = "".join(f"{column:>14}" for column in ("blocks saved", "ideal ratio", "time ratio", "noise"))
+    print(f"{'population of 16, 12 blocks':<30}{columns}")
     for name, members in populations.items():
         shared, alone, same = (
             SupernetEvaluator(supernet, batches, lambda output, _: output.argmax(1), share_prefixes=shares)
@@ -67,9 +66,8 @@ def main() -> None:
                 noise.append(times[1] / times[2])
         ran, saved = shared.prefixes.executed, shared.prefixes.skipped
         ideal = (ran + saved) / ran
-        print(
-            f"{name:<30} {saved / (ran + saved):>12.1%} {ideal:>12.2f} {median(ratios):>12.2f} {median(noise):>7.2f}"
-        )
+        ratio = "".join(f"{value:>14.2f}" for value in (ideal, median(ratios), median(noise)))
+        print(f"{name:<30}{saved / (ran + saved):>14.1%}{ratio}")
 
 
 if __name__ == "__main__":

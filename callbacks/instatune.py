@@ -65,8 +65,8 @@ class InstaTune(SupernetTraining):
         racing: how sure to be before validation of a candidate is left early, because one that costs no more
             is better (``nas.Racing()``); ``None``: all are validated on everything. What is compared is what
             each batch adds to ``monitor``, in the order of the validation loader, which must be a random one
-            (not by class); ``bounds`` are not used. It takes some twenty batches at least; more and smaller
-            ones race better. The error rate holds for means over samples (accuracy, loss); for other values
+            (not by class); ``bounds`` are not used. It takes a dozen batches at least; more and smaller ones
+            race better. The error rate holds for means over samples (accuracy, loss); for other values
             (F1, AUC), logged as metric objects, it is approximate, since early batches weigh otherwise.
         **training: the arguments of :class:`SupernetTraining`. With ``sampler="largest"`` a plainly
             fine-tuned network is searched; ``seed`` is also the search's. A network that training did not
@@ -111,6 +111,11 @@ class InstaTune(SupernetTraining):
         self.storage, self.constraints, self.folder = storage, constraints, folder
         if not isinstance(racing, Racing | None):
             raise TypeError(f"InstaTune: racing must be a nas.Racing(...) or None, got {racing!r}.")
+        if racing is not None and (measured := [q for q in constraints or () if _is_measured(q)]):
+            raise ValueError(
+                f"InstaTune: racing cannot tell who keeps the bound on {measured[0]!r}, which is measured: "
+                "one that breaks it would stop others. Leave racing out, or bound costs only."
+            )
         self.racing = racing
         Limit.all_of(constraints, "InstaTune")  # names a wrong bound now, not after training
         self.result: SearchResult | None = None
@@ -230,7 +235,8 @@ class InstaTune(SupernetTraining):
         example = self._example(trainer, pl_module)
         objectives: list[Objective] = [(Maximize if self.mode == "max" else Minimize)(self.monitor)]
         with same_random_state(pl_module.device):
-            objectives += [Minimize(resolve(cost, supernet, example)) for cost in self.costs]
+            counted = [resolve(cost, supernet, example) for cost in self.costs]
+        objectives += map(Minimize, counted)
         if trainer.is_global_zero and not quick:
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -240,13 +246,13 @@ class InstaTune(SupernetTraining):
 
         # A batch's mean is no sum of few known steps, as Racing.bounds would have it.
         racing = None if self.racing is None else replace(self.racing, bounds=None)
-        rivals, counts = Rivals(racing, self.mode), [o.quantity for o in objectives[1:]]
+        rivals, raced_by = Rivals(racing, self.mode), counted if trainer.is_global_zero else []  # it decides
 
         def evaluate(architecture: Architecture) -> dict[str, float]:
             if racing is None:
                 logged = self.evaluate(trainer, pl_module, architecture)
             else:
-                race = BatchRace(self.monitor, rivals.start(cost(architecture) for cost in counts))
+                race = BatchRace(self.monitor, rivals.start(cost(architecture) for cost in raced_by))
                 logged = race.values(self.evaluate(trainer, pl_module, architecture, race))
             return {name: value for name, value in logged.items() if name not in taken}
 
@@ -384,6 +390,11 @@ def _fingerprint(network: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]
+
+
+def _is_measured(quantity: Any) -> bool:
+    """Whether a bounded quantity is the name of a logged value, and no cost."""
+    return isinstance(quantity, str) and quantity not in known_costs
 
 
 def _first(tensor: Tensor) -> Tensor:

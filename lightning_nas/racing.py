@@ -38,8 +38,7 @@ class Racing:
             stopped wrongly with probability ``error_rate / front``. The search's budget is always enough.
         bounds: the smallest and the largest score of a sample (correct or not: 0 and 1). None for a score
             without bounds, and for means over batches: the differences to a rival are then taken to be
-            spread symmetrically about their mean, which no candidate is stopped on in fewer than some twenty
-            parts.
+            spread symmetrically about their mean, and a candidate is seen on a dozen parts at least.
 
     Raises:
         ValueError: for an argument out of range.

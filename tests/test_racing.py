@@ -248,7 +248,7 @@ def test_the_order_of_the_parts_changes_no_full_value():
         (lambda: Racing(bounds=(1, 0)), "bounds are the smallest and the largest"),
         (lambda: Race(parts, mode="best"), "mode must be 'max' or 'min'"),
         (lambda: Race(lambda _: [[0.5, np.nan]])(SPACE.largest), "finite numbers"),
-        (lambda: Race(lambda _: [[0.5, 2.0]])(SPACE.largest), "pass the bounds"),
+        (lambda: Race(lambda _: [[0.5, 2.0]])(SPACE.largest), "pass bounds="),
         (lambda: Race(lambda _: [])(SPACE.largest), "no score"),
     ],
 )

@@ -112,3 +112,10 @@ def test_a_score_that_is_no_mean_over_samples_is_that_of_the_extracted_network()
 def test_racing_must_be_settings_of_a_race():
     with pytest.raises(TypeError, match=r"racing must be a nas.Racing\(...\) or None, got True"):
         InstaTune(racing=True)
+
+
+def test_racing_beside_a_bound_on_a_measured_value_is_refused():
+    with pytest.raises(ValueError, match="bound on 'val_loss', which is measured"):
+        InstaTune(racing=SURE, constraints={"macs": ("<=", 1e5), "val_loss": ("<=", 1.0)})
+    InstaTune(constraints={"val_loss": ("<=", 1.0)})
+    InstaTune(racing=SURE, constraints={"macs": ("<=", 1e5)})
