@@ -143,7 +143,7 @@ def test_reste_within_its_chord_is_the_line_between_the_ends_of_the_root():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @by_name
 def test_gradients_are_finite_and_close_to_exact_ones_in_low_precision(estimator, dtype):
-    x = torch.tensor([0.0, 1e-30, 1e-6, 0.25, 0.75, -1.25, 1.75]).to(dtype)
+    x = torch.cat([torch.tensor([0.0, 1e-30, 1e-6]), torch.linspace(-2, 2, 41)]).to(dtype)
     found = gradient(estimator, x)
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), gradient(estimator, x.double()), rtol=2e-2, atol=2e-2)
@@ -185,6 +185,9 @@ def test_indicators_equal_their_closed_forms():
     constant = torch.full((50,), 0.3)
     expected = math.sqrt(50) * abs(1 - 0.3 ** (1 / 3))
     assert estimating_error(constant, rule).item() == pytest.approx(expected, rel=1e-5)
+    wave = torch.full((50,), -0.3)  # sin(-6) is above 0: the code is +1
+    expected = math.sqrt(50) * (1 - math.sin(-6))
+    assert estimating_error(wave, BiPer(frequency=20)).item() == pytest.approx(expected, rel=1e-5)
     g = torch.tensor([1.0, -2.0, 3.0, -4.0])
     assert gradient_stability(g).item() == pytest.approx(np.var([1, 2, 3, 4], ddof=1))
 
