@@ -56,7 +56,7 @@ def problem_of(attributes: Mapping[str, Any], costs: Iterable[Cost | Scalarizati
         )
     objectives: list[Objective] = []
     for direction, name, unit in settings["objectives"]:
-        objective = {"maximize": Maximize, "minimize": Minimize}[direction]
+        objective: type[Objective] = Maximize if direction == "maximize" else Minimize
         objectives.append(objective(given[name]) if name in given else objective(name, unit))
     constraints = {given.get(name, name): (holds, bound) for name, holds, bound in settings["constraints"]}
     space = SearchSpace.from_json(json.dumps(attributes[IDENTITY]["space"]))

@@ -160,8 +160,9 @@ class Claims:
         record, key = self.record, proposal.architecture.key
         try:
             self.look()
-            is_free = key in record.others or not self._is_lost or self.take(proposal, budget)
-            is_counted = is_free and record.add(proposal, values, failure)
+            is_ours = not self._is_lost or key in record.others or self.take(proposal, budget)
+            # A process that was killed may have had its last trial on the way: len(record) can have grown.
+            is_counted = is_ours and len(record) < budget and record.add(proposal, values, failure)
         except StorageError:
             record.keep(proposal, values, failure)
             raise
@@ -169,10 +170,10 @@ class Claims:
             self._held = None  # the attribute stands: what it names is in the study
         if not is_counted:
             logging.getLogger("lightning_nas").warning(
-                "search: this worker gave no sign of life for %g s and others took its place; its result for "
-                "%r does not count. Raise the grace: sharing=Sharing(grace=...).",
-                self.sharing.grace,
+                "search: the result for %r does not count: this worker gave no sign of life for %g s, and "
+                "others took its place. Raise the grace: sharing=Sharing(grace=...).",
                 proposal.architecture,
+                self.sharing.grace,
             )
         return is_counted
 

@@ -127,7 +127,7 @@ def search(
     if budget < len(record):
         raise ValueError(
             f"search: budget is {budget}, but the study {name!r} in {record.where} has spent {len(record)} "
-            f"evaluations already. Give a budget of at least {len(record)}, or another name."
+            f"evaluations already. Give a budget of at least {len(record)}, or another name or storage."
         )
     if record.store is not None:
         settings = settings_of(problem, strategy, budget, seed)

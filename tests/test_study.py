@@ -1,5 +1,4 @@
 import math
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -294,44 +293,7 @@ def test_trials_that_other_programs_left_running_do_not_disturb(tmp_path):
     assert history(run(storage=storage, name="vit", budget=20)) == history(run(budget=20))
 
 
-# --- several processes
-
-
-SHARED = SearchSpace([Choice("worker", tuple(range(6))), Choice("width", (1, 2, 3, 4))])
-
-
-def work(worker, storage, barrier, measured):
-    """Measure four architectures of its own; none is measured before every worker has opened the study."""
-
-    def evaluate(architecture):
-        if not seen:
-            barrier.wait(60)
-        seen.append(architecture.key)
-        return {"accuracy": float(architecture["width"])}
-
-    seen = []
-    own = [{"worker": worker, "width": width} for width in (1, 2, 3, 4)]
-    barrier.wait(60)
-    run(evaluate, SHARED, [Maximize("accuracy")], storage=storage, budget=24, initial=own)
-    measured.put(seen)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["journal file", "sqlite"])
-def test_processes_that_make_one_study_at_the_same_moment_all_finish_and_lose_no_candidate(kind, tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "lightning_nas.study", "sqlalchemy.orm", "alembic.command"])
-    storage, barrier, measured = persistent(kind, tmp_path), context.Barrier(6), context.SimpleQueue()
-    workers = [context.Process(target=work, args=(i, storage, barrier, measured)) for i in range(6)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert [worker.exitcode for worker in workers] == [0] * 6
-    keys = [key for _ in workers for key in measured.get()]
-    assert set(keys) == {a.key for a in SHARED.enumerate()}
-    stored = run(pytest.fail, SHARED, [Maximize("accuracy")], storage=storage, budget=24)
-    assert sorted(c.architecture.key for c in stored.candidates) == sorted(keys)
+# --- a storage that cannot be opened
 
 
 def test_a_database_that_cannot_be_opened_is_named_with_what_to_check(tmp_path):
