@@ -24,6 +24,7 @@ from lightning_nas.supernet.anatomy import (
     axis_length,
 )
 from lightning_nas.supernet.kernels import matrices_of, read_transformed
+from lightning_nas.supernet.layers import plain_class
 from lightning_nas.supernet.spaces import kind_of, relative_space
 from lightning_nas.supernet.statistics import BUFFERS
 
@@ -188,7 +189,7 @@ class Reader:
         self.known(name, (nn.Linear,), "linear layer")
         self.part(
             name,
-            {"weight": (rows, columns), "bias": (rows,)},
+            {"weight": (rows, columns), "bias": (rows,), **_scales(rows, columns)},
             {"out_features": length(rows), "in_features": length(columns)},
         )
         self.operation(name, "position", rows, columns)
@@ -236,7 +237,8 @@ class Reader:
                 pads = (sides, conv.kernel_size, conv.padding, conv.dilation)
                 attributes["padding"] = partial(_padding, *pads)
                 attributes["_reversed_padding_repeated_twice"] = partial(_padding_of_edges, *pads)
-        self.part(name, {"weight": (rows, inputs, *sides), "bias": (rows,)}, attributes)
+        axes = {"weight": (rows, inputs, *sides), "bias": (rows,), **_scales(rows, columns)}
+        self.part(name, axes, attributes)
         if kernel is not None and (matrices := matrices_of(conv)):
             self.parts[name] = replace(
                 self.parts[name], reads={"weight": read_transformed}, temporary=tuple(matrices)
@@ -258,7 +260,8 @@ class Reader:
         """A table of rows, one each for a token, a position, a type."""
         self.known(name, (nn.Embedding,), "embedding")
         rows = (Segment(self.model.get_submodule(name).num_embeddings),)
-        self.part(name, {"weight": (rows, width)}, {"embedding_dim": length(width)})
+        axes = {"weight": (rows, width), **_scales(rows, width)}
+        self.part(name, axes, {"embedding_dim": length(width)})
 
     def has(self, module: str, attribute: str) -> bool:
         """Whether a module has an attribute."""
@@ -271,12 +274,18 @@ class Reader:
             UnsupportedError: if it is of none of these classes; a subclass may compute anything.
         """
         module = self.model.get_submodule(name)
-        if type(module) not in classes or (type(module) is nn.Linear and "weight" not in module._parameters):
+        kind = plain_class(module)
+        if kind not in classes or (kind is nn.Linear and "weight" not in module._parameters):
             raise UnsupportedError(
                 f"Supernet: {name} is a {type(module).__module__}.{type(module).__qualname__}, a {what} that "
                 f"cannot be sliced. Supported: {', '.join(cls.__name__ for cls in classes)}."
             )
         return module
+
+
+def _scales(rows: Axis, columns: Axis) -> dict[str, tuple[Axis, ...]]:
+    """What a binary layer may have learned besides: a scale for each output, a threshold for each input."""
+    return {"weight_scale": (rows,), "input_threshold": (columns,)}
 
 
 def length(axis: Axis) -> Any:
