@@ -1,6 +1,7 @@
 """Families of smaller networks out of one fine-tuning run."""
 
-from lightning_nas import costs, estimators, evaluation, predictors, strategies, supernet
+from lightning_nas import binary, costs, estimators, evaluation, predictors, strategies, supernet
+from lightning_nas.binary import binarize
 from lightning_nas.distillation import Both, HiddenStates, InstaTuneLoss, Relations, Task, Teacher
 from lightning_nas.errors import (
     NASError,
@@ -50,6 +51,8 @@ __all__ = [
     "Task",
     "Teacher",
     "UnsupportedError",
+    "binarize",
+    "binary",
     "compare",
     "costs",
     "elastic",

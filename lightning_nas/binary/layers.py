@@ -1,0 +1,419 @@
+"""Layers that compute with codes: a layer's class is swapped for a subclass that codes its weights and inputs.
+
+What every layer computes, in this order: ``linear(codes(x), codes(w)) * scale * input_scale + bias``. The
+product is a sum of integers where both are codes, and is computed exactly, in float32 at least and outside of
+autocast; the scales follow. That order is a promise: execution on packed bits gives the same numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from lightning_nas.binary.forms import Activations, Weights
+from lightning_nas.binary.products import outside_autocast
+from lightning_nas.binary.scales import least_squares_scale, mean_magnitude, power_of_two, window_magnitude
+from lightning_nas.estimators import (
+    BiPer,
+    BiReal,
+    Estimator,
+    elastic_codes,
+    estimator_named,
+    scale_gradient,
+    straight_through,
+)
+
+__all__ = ["BinaryConv1d", "BinaryConv2d", "BinaryEmbedding", "BinaryLayer", "BinaryLinear"]
+
+_UNKNOWN, _SIGNED, _UNSIGNED = 0, 1, 2  # what the inputs of a layer are, as `input_kind` says it
+_OF_WEIGHTS, _OF_INPUTS = ("weight_scale",), ("input_scale", "input_threshold", "input_kind")
+
+
+class BinaryLayer(nn.Module):
+    """What binary layers have in common.
+
+    Attributes:
+        weight: the latent weights, real numbers; name and shape are those of the plain layer.
+        weights: how they are coded.
+        activations: how inputs are coded.
+        weight_bits: 1, 2 or 32, in force now; see :func:`~lightning_nas.binary.set_bits`.
+        input_bits: 1 or 32, in force now.
+        weight_estimator: the rule of the weights' gradient.
+        input_estimator: of the inputs'; None where they stay real.
+        weight_scale: learned, ``(out,)``, of ``Weights(scale="learned")``.
+        input_scale: a number, where inputs are coded.
+        input_threshold: ``(in,)``, of ``Activations(has_threshold=True)``.
+        float_class: the class of the plain layer.
+    """
+
+    float_class: ClassVar[type[nn.Module]]
+    channel_dim: ClassVar[int] = -1  # of inputs and outputs, from the end
+    weight: Tensor
+    bias: Tensor | None
+    input_scale: Tensor
+    input_kind: Tensor
+
+    def __init__(
+        self,
+        *args: Any,
+        estimator: str | Estimator = "reste",
+        weights: int | Weights = 1,
+        activations: int | Activations = 32,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)  # of the plain layer, the next in line
+        self._code(estimator, weights, activations)
+
+    def _code(
+        self, estimator: str | Estimator, weights: int | Weights, activations: int | Activations
+    ) -> None:
+        """Make a plain layer binary; its class is this one already."""
+        self.weights = weights if isinstance(weights, Weights) else Weights(bits=weights)
+        self.activations = (
+            activations if isinstance(activations, Activations) else Activations(bits=activations)
+        )
+        self.weight_bits, self.input_bits = self.weights.bits, self.activations.bits
+        self.weight_estimator = copy.deepcopy(estimator_named(estimator))
+        self.input_estimator: Estimator | None = None
+        self._kind = _UNKNOWN  # what `input_kind` says, where no device need be asked
+        if self.weights.scale == "learned":
+            self.weight_scale = nn.Parameter(self._unit(self._treated().detach()))
+        if self.activations.bits == 32:
+            return
+        inputs = self.activations.estimator
+        if inputs is None:
+            is_wave = isinstance(self.weight_estimator, BiPer)
+            inputs = BiReal(normalize=True) if is_wave else self.weight_estimator
+        self.input_estimator = copy.deepcopy(estimator_named(inputs))
+        one = self.weight.new_ones(())
+        if self.activations.scale == "learned":
+            self.input_scale = nn.Parameter(one)
+        else:
+            self.register_buffer("input_scale", one)
+        if self.activations.has_threshold:
+            self.input_threshold = nn.Parameter(self.weight.new_zeros(self._in_channels()))
+        self.register_buffer("input_kind", torch.zeros((), device=self.weight.device))
+
+    def _uncode(self) -> None:
+        """Give the layer its class back; what was added to it goes."""
+        added = (
+            "weights",
+            "activations",
+            "weight_bits",
+            "input_bits",
+            "weight_estimator",
+            "input_estimator",
+            "_kind",
+        )
+        for name in (*added, *_OF_WEIGHTS, *_OF_INPUTS):
+            if name in {*self.__dict__, *self._parameters, *self._buffers, *self._modules}:
+                delattr(self, name)
+        self.__class__ = self.float_class  # type: ignore[assignment]  # a layer's class is what is swapped
+
+    # --- weights
+
+    @property
+    def binary_weight(self) -> Tensor:
+        """-1 or +1 for each weight, of ternary ones also 0; exact, and with the estimator's gradient."""
+        treated = self._treated()
+        return self._codes(treated, self._unit(treated))
+
+    @property
+    def scale(self) -> Tensor:
+        """What the product is multiplied with: ``(out,)``, or a scalar for the whole layer."""
+        return self._scale(self._unit(self._treated()))
+
+    def _treated(self) -> Tensor:
+        return self.weights.treated(self.weight.contiguous())  # a slice sums in the order of its copy
+
+    def _unit(self, treated: Tensor) -> Tensor:
+        """The mean size of the weights, from which scale and thresholds come."""
+        unit = mean_magnitude(treated, "layer" if self.weights.scale == "layer" else "channel")
+        return unit * 4 / 3 if self.weights.bits == 2 else unit
+
+    def _codes(self, treated: Tensor, unit: Tensor) -> Tensor:
+        if self.weight_bits == 32:
+            return treated
+        if self.weight_bits == 1 and not self.weights.is_relative:
+            codes: Tensor = self.weight_estimator(treated)
+            return codes
+        unit = unit.detach().clamp(min=torch.finfo(unit.dtype).tiny)
+        relative = treated / (unit.view(-1, *(1,) * (treated.ndim - 1)) if unit.ndim else unit)
+        if self.weight_bits == 1:
+            codes = self.weight_estimator(relative)
+            return codes
+        return straight_through(relative, relative.detach().clamp(-1, 1).round(), None)
+
+    def _scale(self, unit: Tensor) -> Tensor:
+        if self.weight_bits == 32 or self.weights.scale is None:
+            return torch.ones_like(unit)
+        if self.weights.scale == "learned":
+            return self.weight_scale
+        if self.weights.scale == "power_of_two":
+            return power_of_two(unit)
+        return unit if self.weights.has_gradient else unit.detach()
+
+    # --- inputs
+
+    @property
+    def input_is_nonnegative(self) -> bool | None:
+        """Whether the first batch had no negative input, so that codes are 0 and 1; None: not seen yet."""
+        if self.input_estimator is None:
+            return None
+        kind = self._kind or int(self.input_kind.round())
+        return None if kind == _UNKNOWN else kind == _UNSIGNED
+
+    def input_codes(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The codes of an input, and what a product with them is multiplied with.
+
+        Args:
+            x: an input of the layer.
+
+        Returns:
+            Codes of the shape of ``x``, in float32 at least, and None, a scalar, or a tensor that broadcasts
+            against the output.
+
+        Raises:
+            ValueError: at the first batch, if it is not finite.
+        """
+        assert self.input_estimator is not None  # of inputs that stay real nobody asks
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.activations.has_threshold:
+            wide = wide - self._along_channels(self.input_threshold)
+        if self._kind_of(wide) == _UNSIGNED:
+            scale = self._input_unit(wide)
+            return elastic_codes(wide, scale, (0, 1)), scale
+        if self.activations.scale == "learned":
+            scale = self._input_unit(wide)
+            return self.input_estimator(wide / scale.detach()), scale
+        codes = self.input_estimator(wide)
+        return codes, self._magnitude(wide) if self.activations.scale == "xnor" else None
+
+    def _input_unit(self, x: Tensor) -> Tensor:
+        """The scale of the inputs, above 0; its gradient by the root of their number, as LSQ has it."""
+        scale = straight_through(self.input_scale, self.input_scale.detach().clamp(min=1e-5), None)
+        return scale_gradient(scale, x.numel() ** -0.5)
+
+    def _kind_of(self, x: Tensor) -> int:
+        if self._kind == _UNKNOWN:
+            self._learn_inputs(x)
+        return self._kind
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _learn_inputs(self, x: Tensor) -> None:
+        """Decide from a first batch between codes of -1 and +1 and of 0 and 1, and set the scale.
+
+        All processes agree: they take the smallest input of all and the mean of their scales.
+        """
+        if self.input_kind.is_meta or x.is_meta:
+            self._kind = _SIGNED
+            return
+        self._kind = int(self.input_kind.round())  # a copied buffer tells what another network has seen
+        if self._kind != _UNKNOWN:
+            return
+        if not bool(torch.isfinite(x).all()):
+            raise ValueError(
+                f"{type(self).__name__}({self.extra_repr()}): the first batch has inputs that are not finite, "
+                "and no scale can start from them. Look for the layer before it that makes them."
+            )
+        lowest = x.min()
+        is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if is_shared:
+            torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN)
+        kind = _UNSIGNED if float(lowest) >= 0 else _SIGNED
+        scale = least_squares_scale(x, kind == _UNSIGNED)
+        if is_shared:
+            torch.distributed.all_reduce(scale)
+            scale /= torch.distributed.get_world_size()
+        self.input_scale.copy_(scale)
+        self.input_kind.fill_(kind)
+        self._kind = kind
+
+    # --- running
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the plain layer returns, computed with codes; of the same shape and dtype."""
+        treated = self._treated()
+        unit = self._unit(treated)
+        weight, scale = self._codes(treated, unit), self._along_channels(self._scale(unit))
+        if self.input_bits == 32:
+            product = self._product(x, weight)
+            return self._sum(product * scale if self.weight_bits != 32 else product).to(product.dtype)
+        codes, input_scale = self.input_codes(x)
+        dtype = x.dtype
+        if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type) if dtype != torch.float64 else dtype
+        with outside_autocast(x.device):
+            product = self._product(codes, weight.to(codes.dtype))
+            if self.weight_bits != 32:
+                if x.device.type != "cpu" and self.channel_dim != -1 and self.weight_estimator.is_binary:
+                    # kernels that transform convolutions (Winograd) leave integers by some rounding
+                    product = straight_through(product, product.detach().round(), None)
+                product = product * scale
+            if input_scale is not None:
+                product = product * input_scale
+        return self._sum(product).to(dtype)
+
+    def _sum(self, product: Tensor) -> Tensor:
+        return product if self.bias is None else product + self._along_channels(self.bias)
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The plain layer's product, without a bias."""
+        raise NotImplementedError
+
+    def _magnitude(self, x: Tensor) -> Tensor:
+        """The mean size of what each output sees."""
+        raise NotImplementedError
+
+    def _in_channels(self) -> int:
+        raise NotImplementedError
+
+    def _along_channels(self, values: Tensor) -> Tensor:
+        return values.view(-1, *(1,) * (-1 - self.channel_dim)) if values.ndim else values
+
+    # --- state
+
+    @override
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Checkpoints of a plain layer fit: what they lack starts anew, from the weights that they have."""
+        for group in (_OF_WEIGHTS, _OF_INPUTS, ("weight_estimator",), ("input_estimator",)):
+            own = {
+                name: tensor
+                for name, tensor in self.state_dict(prefix=prefix).items()
+                if name.removeprefix(prefix).split(".")[0] in group
+            }
+            weight = state_dict.get(f"{prefix}weight")
+            if isinstance(weight, Tensor) and not own.keys() & state_dict.keys():
+                state_dict.update(self._anew(own, prefix, weight))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.input_estimator is not None:
+            self._kind = _UNKNOWN  # whatever was loaded is read at the next batch
+
+    def _anew(self, own: Mapping[str, Tensor], prefix: str, weight: Tensor) -> dict[str, Tensor]:
+        starts = {name: tensor.detach().clone() for name, tensor in own.items()}
+        if f"{prefix}weight_scale" in own:
+            starts[f"{prefix}weight_scale"] = self._unit(self.weights.treated(weight.detach()))
+        if f"{prefix}input_kind" in own:
+            starts[f"{prefix}input_kind"] = torch.zeros_like(own[f"{prefix}input_kind"])
+        return starts
+
+    @override
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, weight_bits={self.weight_bits}, input_bits={self.input_bits}"
+
+
+class BinaryLinear(BinaryLayer, nn.Linear):
+    """A linear layer of codes: ``linear(codes(x), codes(W)) * scale * input_scale + bias``.
+
+    Takes the arguments of :class:`torch.nn.Linear`, and:
+
+    Example:
+        >>> layer = BinaryLinear(64, 8, activations=1)
+        >>> layer(torch.randn(2, 64)).shape, layer.binary_weight.unique().tolist()
+        (torch.Size([2, 8]), [-1.0, 1.0])
+
+    Args:
+        estimator: the rule of the weights' gradient, a name or an instance, which is copied.
+        weights: how weights are coded, or bits alone.
+        activations: how inputs are coded, or bits alone.
+
+    Raises:
+        ValueError: for an unknown estimator.
+    """
+
+    float_class = nn.Linear
+
+    @override
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    @override
+    def _magnitude(self, x: Tensor) -> Tensor:
+        return x.detach().abs().mean(-1, keepdim=True)
+
+    @override
+    def _in_channels(self) -> int:
+        return int(self.weight.shape[1])
+
+
+class _BinaryConv(BinaryLayer):
+    """What convolutions have in common; zero padding pads codes with 0, as training code does."""
+
+    groups: int
+    kernel_size: tuple[int, ...]
+    padding_mode: str
+
+    @override
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        product: Tensor = self._conv_forward(x, weight, None)  # type: ignore[operator]  # of torch's layer
+        return product
+
+    @override
+    def _magnitude(self, x: Tensor) -> Tensor:
+        layer: Any = self
+        padding = layer.padding
+        if self.padding_mode != "zeros":
+            x = F.pad(x, layer._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = 0
+        geometry = {"stride": layer.stride, "padding": padding, "dilation": layer.dilation}
+        return window_magnitude(x, self.kernel_size, **geometry)
+
+    @override
+    def _in_channels(self) -> int:
+        return int(self.weight.shape[1]) * self.groups
+
+
+class BinaryConv1d(_BinaryConv, nn.Conv1d):
+    """A convolution of codes; see :class:`BinaryConv2d`."""
+
+    float_class = nn.Conv1d
+    channel_dim = -2
+
+
+class BinaryConv2d(_BinaryConv, nn.Conv2d):
+    """A convolution of codes: ``conv(codes(x), codes(W)) * scale * input_scale + bias``.
+
+    Zero padding is of the codes: a padded place is 0, neither -1 nor +1. Takes the arguments of
+    :class:`torch.nn.Conv2d`, and those of :class:`BinaryLinear`.
+    """
+
+    float_class = nn.Conv2d
+    channel_dim = -3
+
+
+class BinaryEmbedding(BinaryLayer, nn.Embedding):
+    """A table of codes, each row with a scale of its own: ``codes(W)[i] * scale[i]``.
+
+    Only the rows that are looked up are coded. Takes the arguments of :class:`torch.nn.Embedding`, and those
+    of :class:`BinaryLinear`; of activations there are none.
+    """
+
+    float_class = nn.Embedding
+    bias = None
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        rows = nn.Embedding.forward(self, x).flatten(0, -2)
+        treated = self.weights.treated(rows)
+        unit = self._unit(treated)
+        codes = self._codes(treated, unit)
+        if self.weight_bits == 32:
+            return codes.view(*x.shape, -1)
+        scale = self._scale(unit)
+        if self.weights.scale == "learned":
+            scale = F.embedding(x.flatten(), self.weight_scale[:, None])[:, 0]
+        return (codes * scale[:, None]).view(*x.shape, -1)
+
+    @override
+    def _unit(self, treated: Tensor) -> Tensor:
+        unit = mean_magnitude(treated)
+        return unit * 4 / 3 if self.weights.bits == 2 else unit
