@@ -263,9 +263,8 @@ def _family_named(name: str) -> SavedFamily | None:
 def _family_of(model: nn.Module) -> tuple[str, SavedFamily]:
     libraries = {ancestor.__module__.partition(".")[0] for ancestor in type(model).__mro__}
     for name in _known_families():
-        if (
-            name in saved_families or name.partition("_")[0] in libraries
-        ):  # imports no library that is not in use
+        is_in_use = any(name == library or name.startswith(f"{library}_") for library in libraries)
+        if name in saved_families or is_in_use:  # imports no library that is not in use
             family = _family_named(name)
             if family is not None and family.supports(model):
                 return name, family

@@ -27,7 +27,10 @@ __all__ = ["coded_layers", "decoded", "encoded", "freeze", "plain_copy"]
 
 _CODES, _SCALE = "weight_codes", "weight_scale"
 _INPUTS = ("input_scale", "input_threshold", "input_kind")
-_SIGNS: tuple[Callable[..., Tensor], ...] = (Estimator.forward, BiReal.forward)  # what evaluation makes of them
+_SIGNS: tuple[Callable[..., Tensor], ...] = (
+    Estimator.forward,
+    BiReal.forward,
+)  # what evaluation makes of them
 
 
 class Frozen(BinaryLayer):
@@ -133,8 +136,8 @@ def coded_layers(model: nn.Module) -> dict[str, dict[str, Any]]:
         for what, tensor in {"weights": layer.weight, "scales": layer.scale}.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(
-                    f"nas.save: {name} has {what} that are not finite, and they have no sign or size. Load an "
-                    "earlier checkpoint of the run."
+                    f"nas.save: {name} has {what} that are not finite, and they have no sign or size. Load "
+                    "an earlier checkpoint of the run."
                 )
     return {name: _form(layer) for name, layer in found.items()}
 
@@ -186,7 +189,7 @@ def _form(layer: BinaryLayer) -> dict[str, Any]:
 
 @torch.no_grad()
 def encoded(model: nn.Module) -> dict[str, Tensor]:
-    """What a file has of each binary layer in the place of its weight: bits, scales and learned parameters."""
+    """What a file has of binary layers in the place of their weights: bits, scales, what inputs learned."""
     tensors = {}
     for name, layer in layers(model).items():
         inputs = {part: tensor for part, tensor in layer.state_dict().items() if part in _INPUTS}
