@@ -188,7 +188,7 @@ class Reader:
         self.known(name, (nn.Linear,), "linear layer")
         self.part(
             name,
-            {"weight": (rows, columns), "bias": (rows,)},
+            {"weight": (rows, columns), "bias": (rows,), **_of_codes(rows, columns)},
             {"out_features": length(rows), "in_features": length(columns)},
         )
         self.operation(name, "position", rows, columns)
@@ -236,7 +236,8 @@ class Reader:
                 pads = (sides, conv.kernel_size, conv.padding, conv.dilation)
                 attributes["padding"] = partial(_padding, *pads)
                 attributes["_reversed_padding_repeated_twice"] = partial(_padding_of_edges, *pads)
-        self.part(name, {"weight": (rows, inputs, *sides), "bias": (rows,)}, attributes)
+        axes = {"weight": (rows, inputs, *sides), "bias": (rows,), **_of_codes(rows, columns)}
+        self.part(name, axes, attributes)
         if kernel is not None and (matrices := matrices_of(conv)):
             self.parts[name] = replace(
                 self.parts[name], reads={"weight": read_transformed}, temporary=tuple(matrices)
@@ -265,18 +266,25 @@ class Reader:
         return hasattr(self.model.get_submodule(module), attribute)
 
     def known(self, name: str, classes: tuple[type, ...], what: str) -> Any:
-        """The module of this name.
+        """The module of this name; a binary layer counts as the plain one that it was.
 
         Raises:
             UnsupportedError: if it is of none of these classes; a subclass may compute anything.
         """
         module = self.model.get_submodule(name)
-        if type(module) not in classes or (type(module) is nn.Linear and "weight" not in module._parameters):
+        if getattr(module, "float_class", type(module)) not in classes or (
+            type(module) is nn.Linear and "weight" not in module._parameters
+        ):
             raise UnsupportedError(
                 f"Supernet: {name} is a {type(module).__module__}.{type(module).__qualname__}, a {what} that "
                 f"cannot be sliced. Supported: {', '.join(cls.__name__ for cls in classes)}."
             )
         return module
+
+
+def _of_codes(rows: Axis, columns: Axis) -> dict[str, tuple[Axis, ...]]:
+    """What a binary layer may have besides its weight."""
+    return {"weight_scale": (rows,), "input_threshold": (columns,)}
 
 
 def length(axis: Axis) -> Any:
