@@ -10,6 +10,7 @@ Runs that are done are kept in --results and not repeated.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 import warnings
@@ -18,6 +19,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_nas.callbacks import Binarization
 from lightning_nas.recipes.digits import mnist_part
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -25,7 +27,7 @@ from typing_extensions import override
 
 import lightning_nas as nas
 from lightning_nas.binary import Activations, Weights
-from lightning_nas.estimators import BiPer, sine_penalty
+from lightning_nas.estimators import sine_penalty
 from lightning_nas.evaluation.intervals import mean_and_interval
 from lightning_nas.modules import ImageClassifier
 
@@ -40,23 +42,6 @@ CODED = {  # how weights are scaled, as each paper has it
 }
 CIFAR = {"biper": "86.98", "reste": "86.75", "ede": "86.5"}  # ResNet-20 on CIFAR-10, from their repositories
 NAMES = {"float": "float network", "frozen": "frozen binary layers", "ede": "EDE, Libra weights (IR-Net)"}
-
-
-class Scheduled(pl.Callback):
-    """Moves the estimators along the run; BiPer's second stage is the second half."""
-
-    def __init__(self, tau: float = 0.037) -> None:
-        self.tau = tau
-
-    @override
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        progress = trainer.global_step / trainer.estimated_stepping_batches
-        for layer in nas.binary.layers(pl_module.model).values():
-            for estimator in (layer.weight_estimator, layer.input_estimator):
-                if isinstance(estimator, BiPer):
-                    estimator.stage = 1 if progress < 0.5 else 2
-                elif estimator is not None:
-                    estimator.schedule(progress)
 
 
 class Penalised(ImageClassifier):
@@ -75,14 +60,19 @@ def run(name: str, seed: int, epochs: int) -> dict[str, Any]:
     pl.seed_everything(seed, verbose=False)
     network = nas.models.resnet20(in_chans=1)
     train, test = mnist_part("train", pool=2), mnist_part("test", pool=2)
+    start = copy.deepcopy(network)
+    callbacks: list[pl.Callback] = []
     if name != "float":
-        estimator = "ste" if name == "frozen" else name
         coded = {"weights": CODED[name], "activations": Activations(scale=None)}
-        nas.binarize(network, estimator, **coded)
-    before = {n: layer.binary_weight.clone() for n, layer in nas.binary.layers(network).items()}
-    if name == "frozen":
-        for layer in nas.binary.layers(network).values():
-            layer.weight.requires_grad_(False)
+        estimator = "ste" if name == "frozen" else name
+        nas.binarize(start, estimator, **coded)
+        if name == "frozen":
+            network = copy.deepcopy(start)
+            for layer in nas.binary.layers(network).values():
+                layer.weight.requires_grad_(False)
+        else:
+            stages = "biper" if name == "biper" else None  # the square wave in the second half
+            callbacks = [Binarization(estimator, **coded, stages=stages, log_every=0)]
     settings: dict[str, Any] = {
         "num_classes": 10, "optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-4, "layer_decay": 1.0,
         "warmup": 0.05,
@@ -92,15 +82,13 @@ def run(name: str, seed: int, epochs: int) -> dict[str, Any]:
         "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu",
         "enable_model_summary": False,
     }  # fmt: skip
-    trainer = pl.Trainer(max_epochs=epochs, callbacks=[Scheduled()], **quiet)
+    trainer = pl.Trainer(max_epochs=epochs, callbacks=callbacks, **quiet)
     started = time.process_time()
     trainer.fit(module, DataLoader(train, 64, shuffle=True, drop_last=True))
     seconds = time.process_time() - started
     (found,) = trainer.test(module, DataLoader(test, 250), verbose=False)
-    flips = [
-        float((layer.binary_weight != before[n]).float().mean())
-        for n, layer in nas.binary.layers(network).items()
-    ]
+    pairs = zip(nas.binary.layers(start).values(), nas.binary.layers(network).values(), strict=True)
+    flips = [float((a.binary_weight != b.binary_weight).float().mean()) for a, b in pairs]
     flipped = sum(flips) / len(flips) if flips else None
     return {"name": name, "seed": seed, "accuracy": found["test_acc"], "seconds": seconds, "flipped": flipped}
 
