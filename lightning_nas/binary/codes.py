@@ -65,8 +65,10 @@ def unpack(bits: Tensor, shape: Sequence[int], dtype: torch.dtype = torch.float3
     if planes[..., length:].any():
         raise ValueError("unpack: there are bits behind the end of the rows.")
     negative, *not_zero = torch.from_numpy(planes[..., :length].reshape(-1, *shape))
-    codes = 1 - 2 * negative.to(dtype)
-    return codes * not_zero[0].to(dtype) if not_zero else codes
+    codes: Tensor = 1 - 2 * negative.to(dtype)
+    if not_zero:
+        codes *= not_zero[0].to(dtype)
+    return codes
 
 
 def _bits(plane: Tensor) -> Tensor:

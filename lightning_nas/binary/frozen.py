@@ -7,7 +7,7 @@ computes what the layer did that it was made from, bit for bit, and cannot be tr
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,16 +27,13 @@ __all__ = ["coded_layers", "decoded", "encoded", "freeze", "plain_copy"]
 
 _CODES, _SCALE = "weight_codes", "weight_scale"
 _INPUTS = ("input_scale", "input_threshold", "input_kind")
-_SIGNS: tuple[Callable[..., Tensor], ...] = (
-    Estimator.forward,
-    BiReal.forward,
-)  # what evaluation makes of them
+_KNOWN = (Estimator.forward, BiReal.forward, BiPer.forward)  # in evaluation signs, or those of a sine
 
 
 class Frozen(BinaryLayer):
     """What frozen layers have in common."""
 
-    weight_scale: Tensor
+    weight_scale: Tensor  # type: ignore[assignment]  # a buffer, of any scale
 
     def _freeze(self, form: Mapping[str, Any]) -> None:
         """Make a plain layer frozen, its tensors still to be loaded; its class is this one already."""
@@ -91,15 +88,15 @@ class Frozen(BinaryLayer):
         return self.weight_scale
 
 
-class FrozenLinear(Frozen, BinaryLinear):
+class FrozenLinear(Frozen, BinaryLinear):  # type: ignore[misc]  # as BinaryLinear
     """A linear layer of stored codes."""
 
 
-class FrozenConv1d(Frozen, BinaryConv1d):
+class FrozenConv1d(Frozen, BinaryConv1d):  # type: ignore[misc]  # as BinaryConv1d
     """A convolution of stored codes."""
 
 
-class FrozenConv2d(Frozen, BinaryConv2d):
+class FrozenConv2d(Frozen, BinaryConv2d):  # type: ignore[misc]  # as BinaryConv2d
     """A convolution of stored codes."""
 
 
@@ -160,7 +157,7 @@ def _refusal(layer: BinaryLayer) -> str | None:
         return None
     if not inputs.is_binary:
         return f"has inputs that are not binary yet: their estimator is {inputs}. Save behind the last stage."
-    if type(inputs).forward not in _SIGNS and type(inputs).forward is not BiPer.forward:
+    if type(inputs).forward not in _KNOWN:
         return f"codes its inputs with {inputs}, whose forward is its own: no file can hold that."
     if layer.input_is_nonnegative is None:
         return "has seen no inputs, so their scale is not known. Call nas.binary.calibrate(model, batch)."

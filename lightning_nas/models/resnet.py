@@ -228,6 +228,7 @@ def bireal_resnet18(
         downsample: ``"convolution"``, as the paper has it, or ``"pad"``, without parameters.
 
     Example:
+        >>> import torch
         >>> bireal_resnet18(10, stem="small")(torch.zeros(1, 3, 32, 32)).shape
         torch.Size([1, 10])
 
