@@ -16,7 +16,7 @@ SMALL = {
     "ResNet-20 of IR-Net": lambda: models.resnet20(in_chans=1, order="norm-hardtanh"),
     "ResNet-18 of Bi-Real": lambda: models.bireal_resnet18(10, 1, stem="small", downsample="pad"),
     "ResNet-18 of ReActNet": lambda: models.reactnet_resnet18(10, 1, stem="small"),
-    "VGG-small": lambda: models.vgg_small(10, 1, image_size=20),
+    "VGG-small": lambda: models.vgg_small(10, 1, image_size=10),
 }
 
 
@@ -26,7 +26,7 @@ def size(model):
 
 @pytest.fixture(scope="module")
 def digits():
-    data = mnist_part("train")
+    data = mnist_part("train", pool=2)
     return torch.stack([data[i][0] for i in range(16)])
 
 
