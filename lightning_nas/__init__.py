@@ -1,6 +1,6 @@
 """Families of smaller networks out of one fine-tuning run."""
 
-from lightning_nas import binary, costs, estimators, evaluation, predictors, strategies, supernet
+from lightning_nas import binary, costs, estimators, evaluation, models, predictors, strategies, supernet
 from lightning_nas.binary import binarize
 from lightning_nas.distillation import Both, HiddenStates, InstaTuneLoss, Relations, Task, Teacher
 from lightning_nas.errors import (
@@ -68,6 +68,7 @@ __all__ = [
     "evaluation",
     "join",
     "load",
+    "models",
     "predictors",
     "save",
     "search",

@@ -14,7 +14,7 @@ import pkgutil
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from lightning_nas.binary.codes import LAYOUT
+from lightning_nas.binary.frozen import coded_layers, decoded, encoded, freeze, plain_copy
 from lightning_nas.errors import SavedFolderError, UnsupportedError
 from lightning_nas.registry import Registry
 
 __all__ = ["Description", "SavedFamily", "load", "save", "saved_families", "shared_parameters"]
 
-FORMAT, FORMAT_VERSION = "lightning-nas network", 1
+FORMAT = "lightning-nas network"
+FORMAT_VERSION, WITH_CODES = 1, 2  # float networks, and those with binary layers
 WEIGHTS, DESCRIPTION = "model.safetensors", "network.json"
 _BEING_WRITTEN = ".saving-"
+_REBUILD_CODES = (
+    "import lightning_nas; model = lightning_nas.load(folder)  # only this package runs its binary layers"
+)
 
 
 @dataclass(frozen=True)
@@ -97,8 +103,13 @@ def save(
     take the place of older ones, and the JSON, which holds a hash of the weights, comes last: an interrupted
     call leaves the old network, or a folder that refuses to load.
 
+    Of binary layers the file has the codes as bits and their scales, and no latent weights: only checkpoints
+    have those. ``network.json`` lists the layers and how bits lie, and only :func:`load` reads such a folder.
+    The bytes before and after are printed, and are in ``network.json``.
+
     Args:
-        model: a network of a supported family, for example from ``supernet.extract(architecture)``.
+        model: a network of a supported family, for example from ``supernet.extract(architecture)``, or one
+            that :func:`lightning_nas.binarize` made binary.
         folder: is created; may exist if it is empty or was written by this function.
         architecture: the point of the search space that the network is, to be kept with it.
         metrics: measured values by name, finite numbers or strings, to be kept with it.
@@ -108,24 +119,30 @@ def save(
 
     Raises:
         UnsupportedError: if the network is still elastic, is of no supported family, or has something that
-            could not be rebuilt. Nothing was written.
+            could not be rebuilt, or if a binary layer does not compute with codes now, as in BiPer's first
+            stage. Nothing was written.
         SavedFolderError: if the folder holds something else. Nothing was written.
         TypeError: if ``model`` is not a module, or a value to be kept with it not a number or string.
-        ValueError: if such a value is not finite.
+        ValueError: if such a value, or a weight of a binary layer, is not finite.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"nas.save: model must be a torch.nn.Module, got {type(model).__name__}.")
     model = getattr(model, "_orig_mod", model)  # what torch.compile was given
     _refuse_elastic(model)
-    name, family = _family_of(model)
     _refuse_without_values(model)
-    shared = shared_parameters(model)
-    described = family.describe(model, shared)
-    weights = _weights(model, shared, described.derived, family.stored_names(model))
+    forms = coded_layers(model)
+    plain = plain_copy(model) if forms else model
+    name, family = _family_of(plain)
+    shared = shared_parameters(plain)
+    described, stored_names = family.describe(plain, shared), family.stored_names(plain)
+    weights = _weights(plain, shared, described.derived, stored_names)
+    if forms:
+        _refuse_shared_codes(forms, shared)
+        described, weights = _with_codes(model, forms, described, weights, stored_names)
     packages = ("lightning-nas", "torch", family.library, "safetensors")
     description: dict[str, Any] = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": WITH_CODES if forms else FORMAT_VERSION,
         "written_with": {package: _version(package) for package in packages},
         "family": name,
         "network": described.network,
@@ -139,6 +156,12 @@ def save(
     folder = Path(folder)
     _check_target(folder)
     _write(folder, weights, shared, description, described.files)
+    if forms:
+        before, after = description["binary"]["float_bytes"], (folder / WEIGHTS).stat().st_size
+        print(  # noqa: T201  # asked for: what binary layers are for
+            f"nas.save: {len(forms)} binary layers as bits: {before:,} bytes became {after:,} "
+            f"({before / after:.1f} times smaller)."
+        )
     return folder
 
 
@@ -152,7 +175,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
         device: where the weights go.
 
     Returns:
-        The plain network, weights in their saved types, equal to the saved one bit for bit.
+        The plain network, weights in their saved types, equal to the saved one bit for bit. Its binary layers
+        have codes and no latent weights: they compute the same, and refuse to be trained.
 
     Raises:
         SavedFolderError: if the folder or a file of it is missing, damaged, or of a newer format.
@@ -167,9 +191,12 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
             f"{description.get('written_with')}."
         )
     _check_weights(folder, description["weights"])
+    forms = description["binary"]["layers"] if description["format_version"] == WITH_CODES else {}
     try:
         with torch.device("meta"):
             model = family.build(description["network"])
+            stored_names = family.stored_names(model)
+            freeze(model, forms)
     except Exception as error:  # timm asserts, torch raises; whatever it is, the JSON asked for it
         raise SavedFolderError(
             f"nas.load: {folder / DESCRIPTION} describes a network that cannot be built "
@@ -182,8 +209,13 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> nn.Module:
         raise SavedFolderError(
             f"nas.load: {folder / WEIGHTS} is damaged ({error}). Save the network again."
         ) from error
+    try:
+        weights = decoded(weights, forms)
+    except ValueError as error:
+        raise SavedFolderError(
+            f"nas.load: {folder / WEIGHTS} does not fit {DESCRIPTION}: {error}. Save the network again."
+        ) from error
     shared = description["weights"].get("shared", {})
-    stored_names = family.stored_names(model)
     names = {stored_names.get(name, name): name for name in model.state_dict() if name not in shared}
     weights = {names.get(stored, stored): tensor for stored, tensor in weights.items()}
     _check_tensors(folder / WEIGHTS, model, weights, shared)
@@ -231,9 +263,8 @@ def _family_named(name: str) -> SavedFamily | None:
 def _family_of(model: nn.Module) -> tuple[str, SavedFamily]:
     libraries = {ancestor.__module__.partition(".")[0] for ancestor in type(model).__mro__}
     for name in _known_families():
-        if (
-            name in saved_families or name.partition("_")[0] in libraries
-        ):  # imports no library that is not in use
+        is_in_use = any(name == library or name.startswith(f"{library}_") for library in libraries)
+        if name in saved_families or is_in_use:  # imports no library that is not in use
             family = _family_named(name)
             if family is not None and family.supports(model):
                 return name, family
@@ -286,6 +317,31 @@ def _weights(
         for name, tensor in state.items()
         if name not in shared
     }
+
+
+def _refuse_shared_codes(forms: Mapping[str, Any], shared: Mapping[str, str]) -> None:
+    for name, first in shared.items():
+        for layer in forms:
+            if f"{layer}.weight" in (name, first):
+                raise UnsupportedError(
+                    f"nas.save: {name} and {first} are one tensor, and {layer} is binary: bits cannot be "
+                    "shared. Untie them before nas.binarize, or leave the layer out with exclude=."
+                )
+
+
+def _with_codes(
+    model: nn.Module,
+    forms: Mapping[str, Any],
+    described: Description,
+    weights: Mapping[str, Tensor],
+    stored_names: Mapping[str, str],
+) -> tuple[Description, dict[str, Tensor]]:
+    """The description and the tensors with bits in the place of the latent weights of binary layers."""
+    latent = {stored_names.get(f"{layer}.weight", f"{layer}.weight") for layer in forms}
+    before = sum(tensor.nbytes for tensor in weights.values())
+    binary = {"bits": LAYOUT, "float_bytes": before, "layers": forms}
+    weights = {**{name: tensor for name, tensor in weights.items() if name not in latent}, **encoded(model)}
+    return replace(described, rebuild=_REBUILD_CODES, files={}, entries={"binary": binary}), weights
 
 
 def _write(
@@ -400,9 +456,10 @@ def _read_description(folder: Path) -> dict[str, Any]:
             f'nas.load: {path} lacks "format": "{FORMAT}"; it was not written by nas.save.'
         )
     version = description.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, WITH_CODES):
         raise SavedFolderError(
-            f"nas.load: {path} has format version {version!r}, this lightning-nas reads {FORMAT_VERSION}. "
+            f"nas.load: {path} has format version {version!r}, this lightning-nas reads {FORMAT_VERSION} and "
+            f"{WITH_CODES}. "
             f"Load it with the version that wrote it ({description.get('written_with')}), or a newer one."
         )
     for key, kind in (("family", str), ("network", dict), ("weights", dict)):
@@ -410,6 +467,9 @@ def _read_description(folder: Path) -> dict[str, Any]:
             raise SavedFolderError(
                 f"nas.load: {path} lacks {key!r} or it is damaged. Save the network again."
             )
+    binary = description.get("binary")
+    if version == WITH_CODES and not (isinstance(binary, dict) and isinstance(binary.get("layers"), dict)):
+        raise SavedFolderError(f"nas.load: {path} lacks its binary layers. Save the network again.")
     return description
 
 

