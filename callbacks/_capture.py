@@ -155,7 +155,7 @@ def tapped(network: nn.Module, patterns: Iterable[str], where: str) -> dict[str,
         if not names:
             ends = sorted({end for name in modules if not (end := name.rpartition(".")[2]).isdigit()})
             raise NoMatchError(
-                f"{where}: students_learn_from: no module of {type(network).__name__} matches {pattern!r}. "
+                f"{where}: no module of {type(network).__name__} matches {pattern!r}. "
                 f"Its modules end in: {', '.join(ends)}. Patterns are shell-style, over their names."
             )
         found.update(names)

@@ -26,6 +26,7 @@ __all__ = [
     "accumulates",
     "callbacks_of",
     "can_validate",
+    "finds_unused_parameters",
     "has_static_graph",
     "run_validation",
     "syncs_batch_norm",
@@ -54,6 +55,12 @@ def can_validate(trainer: Trainer) -> bool:
 def has_static_graph(trainer: Trainer) -> bool:
     """Whether DDP was asked for a static graph."""
     return bool(getattr(trainer.strategy, "_ddp_kwargs", {}).get("static_graph", False))
+
+
+def finds_unused_parameters(trainer: Trainer) -> bool:
+    """Whether every parameter may be without a gradient in some step: not so under DDP, unless asked for."""
+    settings = getattr(trainer.strategy, "_ddp_kwargs", None)
+    return settings is None or bool(settings.get("find_unused_parameters", False))
 
 
 def takes_batch_idx(module: LightningModule) -> bool:

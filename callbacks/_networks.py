@@ -12,7 +12,7 @@ from lightning_nas.errors import NoMatchError, UnsupportedError
 from lightning_nas.supernet import supported_networks, supports
 from lightning_nas.supernet.annotation import is_annotated
 
-__all__ = ["copies_of", "find_network", "named_tensors"]
+__all__ = ["copies_of", "find_network", "named_tensors", "network_or_whole"]
 
 
 def find_network(
@@ -57,6 +57,21 @@ def find_network(
         f"Supported: {', '.join(supported_networks())}, and networks inside it with layers marked by "
         "nas.elastic."
     )
+
+
+def network_or_whole(module: LightningModule, name: str | None, where: str) -> nn.Module:
+    """The sub-module of this name, or the only child with parameters, or the module itself.
+
+    Raises:
+        NoMatchError: if there is none of this name; lists the nearest.
+    """
+    if name is None:
+        children = [child for child in module.children() if any(True for _ in child.parameters())]
+        found: nn.Module = children[0] if len(children) == 1 else module
+        return getattr(found, "_orig_mod", found)
+    network = find_network(module, name, where)
+    assert network is not None  # it raises where the name is unknown
+    return network
 
 
 def copies_of(network: nn.Module, module: LightningModule, callbacks: Iterable[Callback]) -> list[nn.Module]:

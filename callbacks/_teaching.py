@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,7 +17,15 @@ from lightning_nas.distillation import OutputReader, read_output
 from lightning_nas.errors import UnsupportedError
 from lightning_nas.supernet import family_of, supports
 
-__all__ = ["OutputTeaching", "join", "outputs_of", "refuse_other_classes", "returns_features"]
+__all__ = [
+    "OutputTeaching",
+    "join",
+    "join_at",
+    "outputs_of",
+    "refuse_other_classes",
+    "refuse_whole",
+    "returns_features",
+]
 
 
 def join(
@@ -41,20 +49,37 @@ def join(
     Returns:
         The loss before scaling, detached.
     """
-    outputs = [call.output.detach().requires_grad_() for call in calls]
-    with trainer.precision_plugin.train_step_context(), torch.enable_grad():
+
+    def mean(outputs: Sequence[Tensor]) -> Tensor:
         losses = [
             loss(call.counted(network, output), call.counted(network, target))
             for call, output, target in zip(calls, outputs, targets, strict=True)
         ]
-        total = torch.stack(losses).mean()
-    scaler, scaled = (
-        getattr(trainer.precision_plugin, "scaler", None),
-        total / trainer.accumulate_grad_batches,
-    )
-    gradients = torch.autograd.grad(scaled if scaler is None else scaler.scale(scaled), outputs)
-    for call, gradient in zip(calls, gradients, strict=True):
-        call.output.register_hook(lambda users, gradient=gradient: users + gradient)
+        return torch.stack(losses).mean()
+
+    return join_at(trainer, [call.output for call in calls], mean)
+
+
+def join_at(trainer: Trainer, tensors: Sequence[Tensor], loss: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    """Let a loss on tensors in the graph of the user's loss add its gradient there; see :func:`join`.
+
+    Args:
+        trainer: scales the loss as it does the user's.
+        tensors: at which both gradients meet.
+        loss: of those, detached.
+
+    Returns:
+        The loss before scaling, detached.
+    """
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    with trainer.precision_plugin.train_step_context(), torch.enable_grad():
+        total = loss(leaves)
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    scaled = total / trainer.accumulate_grad_batches
+    scaled = scaled if scaler is None else scaler.scale(scaled)
+    for tensor, gradient in zip(tensors, torch.autograd.grad(scaled, leaves, allow_unused=True), strict=True):
+        if gradient is not None:
+            tensor.register_hook(lambda users, gradient=gradient: users + gradient)
     return total.detach()
 
 
@@ -93,6 +118,20 @@ def refuse_other_classes(network: nn.Module, teacher: nn.Module, where: str) -> 
         raise UnsupportedError(
             f"{where}: the teacher ({type(teacher).__name__}) has {other} classes and the network has {own}. "
             f"{_SAME_CLASSES}"
+        )
+
+
+def refuse_whole(network: nn.Module, trainer: Trainer, pl_module: LightningModule, where: str) -> None:
+    """Refuse to teach the LightningModule itself where the strategy calls it to run ``training_step``.
+
+    Raises:
+        UnsupportedError: with the remedy.
+    """
+    if network is pl_module and trainer.strategy.model is not pl_module:
+        raise UnsupportedError(
+            f"{where}: {type(trainer.strategy).__name__} runs training_step by a call of the "
+            "LightningModule, which cannot be told from its own calls there. Put the parts of the network into one module, "
+            "such as nn.Sequential(backbone, head), and name it: network='...'."
         )
 
 
@@ -152,16 +191,19 @@ class OutputTeaching(Callback):
         if faults:
             raise UnsupportedError(f"{type(self).__name__}: {'; and '.join(faults)}.")
 
-    def watch(self, network: nn.Module, pl_module: LightningModule) -> None:
-        """Begin to watch the network, in ``on_fit_start``."""
+    def watch(
+        self, network: nn.Module, pl_module: LightningModule, taps: Mapping[str, nn.Module] | None = None
+    ) -> None:
+        """Begin to watch the network, and what modules inside it give, in ``on_fit_start``."""
         self._undo.close()  # a run that died without teardown may have left hooks behind
-        self._capture = Capture(entry_of(network, pl_module), self.read, must_read=True)
+        self._capture = Capture(entry_of(network, pl_module), self.read, must_read=True, taps=taps)
         self._undo.callback(self._capture.remove)
         self._reached = None
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers):
+        is_lbfgs = any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in trainer.optimizers)
+        if self._capture is not None and is_lbfgs:
             raise UnsupportedError(
                 f"{type(self).__name__}: LBFGS runs training_step several times a step; use a first-order "
                 "optimizer."
@@ -171,12 +213,13 @@ class OutputTeaching(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        assert self._capture is not None  # made in on_fit_start
-        self._capture.calls = []
+        if self._capture is not None:
+            self._capture.calls = []
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        assert self._capture is not None  # made in on_fit_start
+        if self._capture is None:
+            return
         calls, self._capture.calls = self._capture.calls or [], None
         if self._reached is None:
             self._reached = False
@@ -201,8 +244,8 @@ class OutputTeaching(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert self._capture is not None  # made in on_fit_start
-        self._capture.calls = None  # a training_step that returned None had no backward pass to end it
+        if self._capture is not None:
+            self._capture.calls = None  # a training_step that returned None had no backward pass to end it
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import torch
 from lightning_nas.callbacks._capture import Call
-from lightning_nas.callbacks._networks import find_network
+from lightning_nas.callbacks._networks import network_or_whole
 from lightning_nas.callbacks._schedule import Phases
-from lightning_nas.callbacks._teaching import OutputTeaching, join, outputs_of, returns_features
+from lightning_nas.callbacks._teaching import OutputTeaching, join, outputs_of, refuse_whole, returns_features
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 from typing_extensions import override
 
 from lightning_nas.distillation import OutputReader, normalized_mse, soft_kl, vote
-from lightning_nas.errors import UnsupportedError
 
 __all__ = ["SelfDistillation"]
 
@@ -129,13 +128,7 @@ class SelfDistillation(OutputTeaching):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         network = self._find(pl_module)
-        if network is pl_module and trainer.strategy.model is not pl_module:
-            raise UnsupportedError(
-                f"SelfDistillation: {type(trainer.strategy).__name__} runs training_step by a call of the "
-                "LightningModule, which cannot be told from its own calls there. Put the parts of "
-                "the network into one module, such as nn.Sequential(backbone, head), and name it: "
-                "network='...'."
-            )
+        refuse_whole(network, trainer, pl_module, "SelfDistillation")
         self.watch(network, pl_module)
         if self.ema is not None and self._average is None:
             average = AveragedModel(network, avg_fn=get_ema_avg_fn(self.ema), use_buffers=True)
@@ -147,13 +140,7 @@ class SelfDistillation(OutputTeaching):
                 teacher.to(pl_module.device)
 
     def _find(self, pl_module: LightningModule) -> nn.Module:
-        if self.network is None:
-            children = [child for child in pl_module.children() if any(True for _ in child.parameters())]
-            found = children[0] if len(children) == 1 else pl_module
-            return getattr(found, "_orig_mod", found)
-        network = find_network(pl_module, self.network, "SelfDistillation")
-        assert network is not None  # it raises where the name is unknown
-        return network
+        return network_or_whole(pl_module, self.network, "SelfDistillation")
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

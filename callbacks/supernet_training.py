@@ -219,7 +219,8 @@ class SupernetTraining(Callback):
         if isinstance(self.sampler, MultiArchitectural):
             supernet.refuse_mixture()
         entry, read = entry_of(supernet.model, pl_module), self.output or read_output
-        taps = tapped(supernet.model, getattr(self.student_loss, "taps", ()), type(self).__name__)
+        where = f"{type(self).__name__}: students_learn_from"
+        taps = tapped(supernet.model, getattr(self.student_loss, "taps", ()), where)
         compared = entry if self.head is None else find_network(pl_module, self.head, type(self).__name__)
         assert compared is not None  # may_be_missing is False
         self._capture = Capture(compared, read, must_read=self.student_loss.needs_teacher, taps=taps)
