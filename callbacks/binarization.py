@@ -262,7 +262,7 @@ class Binarization(FrozenTeaching):
         self._found = found
 
     def _release_supernets(self, trainer: Trainer) -> None:
-        """Let callbacks that made the network elastic before it was binary do so again, at the start of fit."""
+        """Let callbacks that made the network elastic before it was binary do so again in on_fit_start."""
         for callback in callbacks_of(trainer):
             supernet = getattr(callback, "supernet", None)
             if isinstance(supernet, Supernet) and not layers(supernet.model):
@@ -307,7 +307,7 @@ class Binarization(FrozenTeaching):
         if is_float and {*fresh} - {"weight", "bias"} and checkpoint.get("optimizer_states"):
             checkpoint["optimizer_states"] = []
             rank_zero_info(
-                f"{_WHERE}: the checkpoint is of the float network; optimizers begin anew, since theirs knows "
+                f"{_WHERE}: the checkpoint is of the float network; optimizers begin anew, since its own knew "
                 "no scales."
             )
 
@@ -322,13 +322,13 @@ class Binarization(FrozenTeaching):
                 "the right one: network='...'."
             )
         self.model, self._found = network, layers(network)
+        refuse_bad_scales(self._found)
         refuse_unused(trainer, self._found.values(), self.stages)
         self.watch_both(trainer, pl_module, network)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        refuse_bad_scales(self._found)
         if missing := untrained(trainer.optimizers, self._found):
             rank_zero_warn(
                 f"{_WHERE}: {len(missing)} parameters of binary layers are not trained, as {missing[0]}: "
