@@ -27,13 +27,13 @@ _REMEDIES = {
     "it a larger clip, such as nas.estimators.STE(clip=None), or Weights(is_relative=True), or clamp= from "
     "the start.",
     "still": "have a gradient, but no sign has changed for {steps} optimizer steps. The learning rate is "
-    "small for the size of their weights: raise it, keep weights small (clamp=1.0), or use an estimator whose "
-    "slope is large near 0.",
+    "small for the size of their weights: raise it, keep weights small (clamp=1.0), or use an estimator "
+    "whose slope is large near 0.",
     "constant input": "see inputs whose codes are all the same, so they compute a constant. A ReLU, softmax "
     "or other function of one sign right before them hides it: move or drop it, give "
     "Activations(has_threshold=True), or leave them real with exclude=.",
-    "zero scale": "have a scale of zero, and give nothing. Lower the learning rate or the weight decay, or use "
-    "Weights(scale='channel'), which is not learned.",
+    "zero scale": "have a scale of zero, and give nothing. Lower the learning rate or the weight decay, or "
+    "use Weights(scale='channel'), which is not learned.",
     "scale not finite": "have a scale that is not finite. Look at the loss: the run has diverged; lower the "
     "learning rate or clip gradients.",
 }

@@ -63,7 +63,7 @@ def accuracy(estimator, activations, seed, is_frozen):
 @pytest.mark.parametrize("activations", [32, 1])
 @pytest.mark.parametrize("estimator", nas.estimators.estimators)
 def test_an_estimator_beats_frozen_binary_layers_by_five_points(estimator, activations):
-    """The control trains norms and biases over random signs; 597 test digits and two seeds: 1.5 points s.d."""
+    """The control trains norms and biases over random signs; 597 digits and two seeds: 1.5 points s.d."""
     learned, frozen = (
         sum(accuracy(name, activations, seed, is_frozen) for seed in (0, 1)) / 2
         for name, is_frozen in ((estimator, False), ("ste", True))
