@@ -231,6 +231,10 @@ class Binarization(FrozenTeaching):
             weights=self.weights,
             activations=self.activations,
         )
+        for layer in layers(network).values():  # what is frozen stays so
+            for name, parameter in layer.named_parameters():
+                if name not in ("weight", "bias") and not layer.weight.requires_grad:
+                    parameter.requires_grad_(False)
         if stage == "fit" and (stale := stale_copy(callbacks_of(trainer), pl_module)):
             release(network)
             raise UnsupportedError(

@@ -164,7 +164,9 @@ class Feature:
     def callback(self, kind: str, **changes: Any) -> SupernetTraining | Binarization:
         if kind == "Binarization":
             own = {name: value for name, value in self.ours.items() if name == "network"}
-            include = "*.0.*" if "compile" in self.name else None  # each layer takes a second
+            include = None
+            if "compile" in self.name:  # each layer takes a second
+                include = "0.intermediate.dense" if "text" in self.name else "0.mlp.fc1"
             settings = {"activations": 1, "schedule_steps": STEPS, "log_every": 2, "include": include}
             return Binarization(**{**settings, **own, **changes})
         arguments = {"warmup": WARMUP, "sampler": nas.Sandwich(random=STUDENTS - 1)} | self.ours | changes
@@ -245,14 +247,14 @@ def assert_works(cell):
 
 
 def assert_is_binary(cell):
-    """What is claimed of a run of Binarization: the network was trained by its codes, and is released whole."""
+    """What is claimed of a run of Binarization: trained by its codes, and released whole."""
     ours, feature = cell.ours, cell.feature
     assert cell.trainer.global_step == feature.steps
     assert ours.progress == 1
     if not getattr(feature.claim, "is_of_families", False):
         feature.claim(cell)
     plain = plain_module(feature)
-    assert len(ours.layers) >= (4 if ours.include else 12)
+    assert len(ours.layers) >= (1 if ours.include else 12)
     for name, layer in ours.layers.items():
         assert set(layer.binary_weight.unique().tolist()) == {-1.0, 1.0}
         assert name in ours.watcher.measured or cell.trainer.global_step < 2
@@ -1255,8 +1257,8 @@ def page() -> str:
         "",
         "- *works*: students were trained, the largest network is active afterwards and computes what it",
         "  computes after `release()`, no hook is left on the module, the front of a search holds what the",
-        "  extracted networks measure, and a claim of the feature's own holds. Of `Binarization`: weights are",
-        "  codes afterwards, every layer was looked at, `release()` gives the plain classes back, no hook is",
+        "  extracted networks measure, and a claim of the feature's own holds. Of `Binarization`: weights",
+        "  are codes afterwards, every layer was looked at, `release()` gives the plain classes back, no hook is",
         "  left, and the claim holds. With a teacher it refuses manual optimization and LBFGS.",
         "- *refused*: an `UnsupportedError` that names the reason and the remedy, before the first change.",
         "",
