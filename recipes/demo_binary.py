@@ -1,7 +1,7 @@
 """One callback makes a pretrained BERT binary while it is fine-tuned.
 
-MiniLM (6 layers, 384 wide) learns the sentiment of film-review sentences, then again with weights of one bit, and with
-weights and activations of one bit; at most ten minutes on two CPU cores:
+MiniLM (6 layers, 384 wide) learns the sentiment of film-review sentences, then again with weights of one bit,
+and with weights and activations of one bit; at most ten minutes on two CPU cores:
 
     python -m lightning_nas.recipes.demo_binary
 
@@ -114,7 +114,7 @@ def main(
     formats = {"accuracy": "{:.1%}".format, "bytes": "{:,.0f}".format, "smaller": "{:.1f} x".format}
     say(table.to_string(formatters=formats, na_rep="-"))
     say(
-        "\nfrozen: the signs stay as the float network had them and all else learns, so the difference is what"
+        "\nfrozen: the signs stay as the float network had them and all else learns; the difference is what"
         "\n    training the signs gives. Bytes: of the saved weights; embeddings stay float."
         f"\n\nNetworks: {folder}. {time.perf_counter() - started:.0f} s in all."
     )

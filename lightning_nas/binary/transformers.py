@@ -58,8 +58,8 @@ def binarize_attention(model: nn.Module, method: str | Method = "bivit", **setti
     found = [(name, m, w) for name, m in inside.named_modules() if (w := _width(m)) is not None]
     if not found:
         raise NoMatchError(
-            f"binarize_attention: no attention in this {type(inside).__name__} that is known. Known are timm's "
-            "ViT, DeiT and Swin, and networks of transformers that use its attention functions."
+            f"binarize_attention: no attention in this {type(inside).__name__} that is known. Known are "
+            "timm's ViT, DeiT and Swin, and networks of transformers that use its attention functions."
         )
     for name, module, _ in found:
         if getattr(module, "num_key_value_groups", 1) != 1 or getattr(module, "is_decoder", False):
