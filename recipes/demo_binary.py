@@ -92,7 +92,8 @@ def main(
             return copied
 
         # --- a Lightning user's script, and one callback
-        taught: dict[str, Any] = {"distill_from": float_one.model, "distill_hidden": "encoder.layer.*"}
+        teacher = copy.deepcopy(float_one)  # stays as it is, frozen
+        taught: dict[str, Any] = {"distill_from": teacher, "distill_hidden": "model.encoder.layer.*"}
         weights = Binarization(weights=1, **taught)
         one_bit = fit("1-bit weights", student(float_one), binary_epochs, weights)
         fit(
