@@ -31,7 +31,6 @@ from lightning_nas.binary import Activations, BinaryLayer, Weights, binarize, la
 from lightning_nas.distillation import HiddenStates, OutputReader, Relations
 from lightning_nas.errors import NASError, NoMatchError, UnsupportedError
 from lightning_nas.estimators import BiPer, Estimator, estimator_named
-from lightning_nas.sampling import MultiArchitectural
 from lightning_nas.supernet import Supernet
 
 __all__ = ["Binarization"]
@@ -61,7 +60,7 @@ class Binarization(FrozenTeaching):
     Args:
         estimator: the rule of the gradient: a registered name (``"ste"``, ``"identity"``, ``"bireal"``,
             ``"ede"``, ``"dsq"``, ``"reste"``, ``"biper"``) or an instance.
-        weights: bits, 1 or 2 (ternary) or 32, or a :class:`~lightning_nas.binary.Weights` that says more.
+        weights: bits, 1, 2 (``"ternary"``) or 32, or a :class:`~lightning_nas.binary.Weights`.
         activations: bits of inputs, 1 or 32, or an :class:`~lightning_nas.binary.Activations`.
         network: dotted name of the sub-module to make binary; ``None``: the only one with parameters, or
             where there are several the LightningModule itself.
@@ -110,7 +109,7 @@ class Binarization(FrozenTeaching):
     def __init__(
         self,
         estimator: str | Estimator = "reste",
-        weights: int | Weights = 1,
+        weights: int | Literal["ternary"] | Weights = 1,
         activations: int | Activations = 32,
         *,
         network: str | None = None,
@@ -129,10 +128,7 @@ class Binarization(FrozenTeaching):
     ) -> None:
         super().__init__(distill_from, distill_weight, temperature, distill_hidden, output)
         self.estimator = estimator_named(estimator)
-        self.weights = weights if isinstance(weights, Weights) else Weights(bits=weights)
-        self.activations = (
-            activations if isinstance(activations, Activations) else Activations(bits=activations)
-        )
+        self.weights, self.activations = Weights.of(weights), Activations.of(activations)
         faults = []
         if self.weights.bits == self.activations.bits == 32:
             faults.append("weights and activations of 32 bits leave nothing to be binary")
@@ -292,13 +288,6 @@ class Binarization(FrozenTeaching):
             faults.append(f"{name} accumulates gradients itself and may shard weights; use strategy='ddp'")
         elif "FSDP" in name or "ModelParallel" in name:
             faults.append(f"{name} shards weights, and scales are means over whole ones; use strategy='ddp'")
-        for callback in callbacks_of(trainer):
-            is_mixed = isinstance(getattr(callback, "sampler", None), MultiArchitectural)
-            if is_mixed and self.activations.bits != 32:
-                faults.append(
-                    "several subnetworks in one pass are masked by zeros, which are no codes; use "
-                    "sampler='sandwich', or activations=32"
-                )
         if faults:
             raise UnsupportedError(f"{_WHERE}: {'; and '.join(faults)}.")
 

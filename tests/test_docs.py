@@ -25,7 +25,7 @@ BLOCK = re.compile(
     r"^```(?P<kind>\w+)\n(?P<code>.*?)^```$|^<!-- python\n(?P<hidden>.*?)^-->$", re.MULTILINE | re.DOTALL
 )
 DECIMAL = re.compile(r"\d+\.\d+(?:e[+-]?\d+)?")
-OUR_MESSAGES = ("InstaTune:", "SupernetTraining:")
+OUR_MESSAGES = ("Binarization:", "InstaTune:", "SupernetTraining:")
 
 
 @dataclass(frozen=True)

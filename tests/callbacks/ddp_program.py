@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from lightning_nas.callbacks import InstaTune, SelfDistillation, SupernetTraining
+from lightning_nas.callbacks import Binarization, InstaTune, SelfDistillation, SupernetTraining
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_nas import Depth, Racing, SearchSpace
+from lightning_nas.binary import Activations, Weights
 from tests import user_modules as users
 
 RUNS = {  # name -> students_learn_from, micro-batches a step
@@ -19,6 +20,7 @@ RUNS = {  # name -> students_learn_from, micro-batches a step
     "search": ("both", 1),
     "race": ("both", 1),
     "itself": ("itself", 2),
+    "binary": ("the float network", 2),
     "blocks of students alone": ("task", 2),
 }
 OTHER_BLOCKS = SearchSpace([Depth("depth", (2, 3), keeps=((0, 3), (0, 1, 2)))])
@@ -59,6 +61,9 @@ def run(name: str, folder: Path, **trainer) -> pl.Trainer:
         callback = InstaTune(budget=6, folder=folder / "race", **race, **settings)
     elif name == "itself":
         callback = SelfDistillation(snapshots=2, unit="step", ema=0.5)
+    elif name == "binary":  # a learned scale of inputs moves by the root of their number, here without one
+        learned, unscaled = Weights(scale="learned"), Activations(scale=None)
+        callback = Binarization(weights=learned, activations=unscaled, distill_from="float")
     else:
         callback = SupernetTraining(**settings)
     trainer = pl.Trainer(

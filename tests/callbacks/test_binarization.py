@@ -466,7 +466,7 @@ REFUSED = {
         {"activations": 1},
         {"callbacks": SupernetTraining(sampler="multi-architectural")},
         nas.UnsupportedError,
-        "masked by zeros",
+        "a mixture would count what is masked",
     ),
 }
 

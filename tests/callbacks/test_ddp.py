@@ -27,7 +27,9 @@ def ended(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", ["teacher", "both", "at the start", "itself", "blocks of students alone"])
+@pytest.mark.parametrize(
+    "name", ["teacher", "both", "at the start", "itself", "binary", "blocks of students alone"]
+)
 def test_two_processes_agree_and_equal_one_with_the_joined_batch(ended, name):
     first, second = (torch.load(ended / f"{name}{rank}.pt", weights_only=True) for rank in (0, 1))
     assert_same(first, second, rtol=0, atol=0)
