@@ -128,7 +128,7 @@ def main() -> None:
                 done.append(run(name, seed, given.epochs))
                 with given.results.open("a") as file:
                     file.write(json.dumps(done[-1]) + "\n")
-    print(table(done))
+    print(table([r for r in done if r["seed"] < given.seeds and r["name"] in given.only]))
 
 
 if __name__ == "__main__":
