@@ -44,7 +44,7 @@ class RSign(nn.Module):
 
 
 def rprelu(x: Tensor, shift: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
-    r"""A PReLU moved to any point: :math:`x - \gamma + \zeta` where :math:`x > \gamma`, else :math:`a (x - \gamma) + \zeta`.
+    r"""A PReLU moved to any point: :math:`\zeta` plus :math:`x - \gamma`, times a where that is negative.
 
     Args:
         x: any shape.

@@ -20,15 +20,15 @@ InputScale = Literal["learned", "xnor"]
 
 @dataclass(frozen=True)
 class Weights:
-    """How weights are coded.
+    r"""How weights are coded.
 
     Args:
         bits: 1, codes -1 and +1; 2, ternary: -1, 0 and +1; 32, as they are.
-        scale: what the product is multiplied with. ``"channel"``: the mean of \\|W\\| of each output channel
+        scale: what the product is multiplied with. ``"channel"``: the mean of \|W\| of each output channel
             (of ternary codes 4/3 of it); ``"layer"``: of the whole layer, one number, as ReSTE has it;
             ``"learned"``: a parameter of each channel that starts there; ``"power_of_two"``: the nearest one
             to it, as IR-Net has it; None: nothing. Embeddings have a scale for each row.
-        has_gradient: whether gradients flow through an analytic scale to the weights, too.
+        grad_through_scale: whether gradients flow through an analytic scale to the weights, too.
         treatment: what is done to weights first, and the scale is taken of: ``"centred"``,
             ``"standardised"``, ``"recu"``, or a function of the weight ``(out, ...)``. None: nothing.
         is_relative: whether an estimator sees weights in units of their mean size. Then its thresholds
@@ -41,7 +41,7 @@ class Weights:
 
     bits: int = 1
     scale: WeightScale | None = "channel"
-    has_gradient: bool = False
+    grad_through_scale: bool = False
     treatment: str | Callable[[Tensor], Tensor] | None = None
     is_relative: bool = False
 
@@ -56,9 +56,10 @@ class Weights:
             raise ValueError(
                 f"Weights: unknown treatment {self.treatment!r}. {nearest(self.treatment, TREATMENTS)}"
             )
-        if self.has_gradient and self.scale not in ("channel", "layer"):
+        if self.grad_through_scale and self.scale not in ("channel", "layer"):
             raise ValueError(
-                f"Weights: has_gradient is about the scales 'channel' and 'layer', got scale={self.scale!r}."
+                "Weights: grad_through_scale is about the scales 'channel' and 'layer', got "
+                f"scale={self.scale!r}."
             )
 
     def treated(self, weight: Tensor) -> Tensor:
@@ -67,6 +68,13 @@ class Weights:
             return weight
         treatment = TREATMENTS[self.treatment] if isinstance(self.treatment, str) else self.treatment
         return treatment(weight)
+
+    @classmethod
+    def of(cls, weights: int | Literal["ternary"] | Weights) -> Weights:
+        """The form itself, or that of bits alone; ``"ternary"`` is 2."""
+        if isinstance(weights, Weights):
+            return weights
+        return cls(bits=2 if weights == "ternary" else weights)
 
 
 @dataclass(frozen=True)
@@ -98,3 +106,8 @@ class Activations:
             raise ValueError(
                 f"Activations: unknown scale {self.scale!r}. {nearest(self.scale, get_args(InputScale))}"
             )
+
+    @classmethod
+    def of(cls, activations: int | Activations) -> Activations:
+        """The form itself, or that of bits alone."""
+        return activations if isinstance(activations, Activations) else cls(bits=activations)

@@ -1,4 +1,4 @@
-"""Layers that compute with codes: a layer's class is swapped for a subclass that codes its weights and inputs.
+"""Layers that compute with codes: the class of a layer is swapped for a subclass that codes what it takes.
 
 What every layer computes, in this order: ``linear(codes(x), codes(w)) * scale * input_scale + bias``. The
 product is a sum of integers where both are codes, and is computed exactly, in float32 at least and outside of
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,6 @@ class BinaryLayer(nn.Module):
     float_class: ClassVar[type[nn.Module]]
     channel_dim: ClassVar[int] = -1  # of inputs and outputs, from the end
     weight: Tensor
-    bias: Tensor | None
     input_scale: Tensor
     input_kind: Tensor
 
@@ -63,7 +62,7 @@ class BinaryLayer(nn.Module):
         self,
         *args: Any,
         estimator: str | Estimator = "reste",
-        weights: int | Weights = 1,
+        weights: int | Literal["ternary"] | Weights = 1,
         activations: int | Activations = 32,
         **kwargs: Any,
     ) -> None:
@@ -71,15 +70,15 @@ class BinaryLayer(nn.Module):
         self._code(estimator, weights, activations)
 
     def _code(
-        self, estimator: str | Estimator, weights: int | Weights, activations: int | Activations
+        self,
+        estimator: str | Estimator,
+        weights: int | Literal["ternary"] | Weights,
+        activations: int | Activations,
     ) -> None:
         """Make a plain layer binary; its class is this one already."""
-        self.weights = weights if isinstance(weights, Weights) else Weights(bits=weights)
-        self.activations = (
-            activations if isinstance(activations, Activations) else Activations(bits=activations)
-        )
+        self.weights, self.activations = Weights.of(weights), Activations.of(activations)
         self.weight_bits, self.input_bits = self.weights.bits, self.activations.bits
-        self.weight_estimator = copy.deepcopy(estimator_named(estimator))
+        self.weight_estimator = self._copied(estimator)
         self.input_estimator: Estimator | None = None
         self._kind = _UNKNOWN  # what `input_kind` says, where no device need be asked
         if self.weights.scale == "learned":
@@ -90,7 +89,7 @@ class BinaryLayer(nn.Module):
         if inputs is None:
             is_wave = isinstance(self.weight_estimator, BiPer)
             inputs = BiReal(normalize=True) if is_wave else self.weight_estimator
-        self.input_estimator = copy.deepcopy(estimator_named(inputs))
+        self.input_estimator = self._copied(inputs)
         one = self.weight.new_ones(())
         if self.activations.scale == "learned":
             self.input_scale = nn.Parameter(one)
@@ -99,6 +98,10 @@ class BinaryLayer(nn.Module):
         if self.activations.has_threshold:
             self.input_threshold = nn.Parameter(self.weight.new_zeros(self._in_channels()))
         self.register_buffer("input_kind", torch.zeros((), device=self.weight.device))
+
+    def _copied(self, estimator: str | Estimator) -> Estimator:
+        own = copy.deepcopy(estimator_named(estimator)).train(self.training)
+        return own if self.weight.is_meta else own.to(self.weight.device)
 
     def _uncode(self) -> None:
         """Give the layer its class back; what was added to it goes."""
@@ -140,15 +143,13 @@ class BinaryLayer(nn.Module):
     def _codes(self, treated: Tensor, unit: Tensor) -> Tensor:
         if self.weight_bits == 32:
             return treated
-        if self.weight_bits == 1 and not self.weights.is_relative:
-            codes: Tensor = self.weight_estimator(treated)
-            return codes
-        unit = unit.detach().clamp(min=torch.finfo(unit.dtype).tiny)
-        relative = treated / (unit.view(-1, *(1,) * (treated.ndim - 1)) if unit.ndim else unit)
-        if self.weight_bits == 1:
-            codes = self.weight_estimator(relative)
-            return codes
-        return straight_through(relative, relative.detach().clamp(-1, 1).round(), None)
+        if self.weights.is_relative or self.weight_bits == 2:
+            unit = unit.detach().clamp(min=torch.finfo(unit.dtype).tiny)
+            treated = treated / (unit.view(-1, *(1,) * (treated.ndim - 1)) if unit.ndim else unit)
+        if self.weight_bits == 2:
+            return straight_through(treated, treated.detach().clamp(-1, 1).round(), None)
+        codes: Tensor = self.weight_estimator(treated)
+        return codes
 
     def _scale(self, unit: Tensor) -> Tensor:
         if self.weight_bits == 32 or self.weights.scale is None:
@@ -157,7 +158,7 @@ class BinaryLayer(nn.Module):
             return self.weight_scale
         if self.weights.scale == "power_of_two":
             return power_of_two(unit)
-        return unit if self.weights.has_gradient else unit.detach()
+        return unit if self.weights.grad_through_scale else unit.detach()
 
     # --- inputs
 
@@ -205,7 +206,7 @@ class BinaryLayer(nn.Module):
             self._learn_inputs(x)
         return self._kind
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch does not type it
     @torch.no_grad()
     def _learn_inputs(self, x: Tensor) -> None:
         """Decide from a first batch between codes of -1 and +1 and of 0 and 1, and set the scale.
@@ -220,8 +221,8 @@ class BinaryLayer(nn.Module):
             return
         if not bool(torch.isfinite(x).all()):
             raise ValueError(
-                f"{type(self).__name__}({self.extra_repr()}): the first batch has inputs that are not finite, "
-                "and no scale can start from them. Look for the layer before it that makes them."
+                f"{type(self).__name__}({self.extra_repr()}): the first batch has inputs that are not "
+                "finite, and no scale can start from them. Look for the layer before it that makes them."
             )
         lowest = x.min()
         is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -262,7 +263,8 @@ class BinaryLayer(nn.Module):
         return self._sum(product).to(dtype)
 
     def _sum(self, product: Tensor) -> Tensor:
-        return product if self.bias is None else product + self._along_channels(self.bias)
+        bias: Tensor | None = getattr(self, "bias", None)
+        return product if bias is None else product + self._along_channels(bias)
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         """The plain layer's product, without a bias."""
@@ -350,7 +352,6 @@ class _BinaryConv(BinaryLayer):
 
     groups: int
     kernel_size: tuple[int, ...]
-    padding_mode: str
 
     @override
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -361,8 +362,8 @@ class _BinaryConv(BinaryLayer):
     def _magnitude(self, x: Tensor) -> Tensor:
         layer: Any = self
         padding = layer.padding
-        if self.padding_mode != "zeros":
-            x = F.pad(x, layer._reversed_padding_repeated_twice, mode=self.padding_mode)
+        if layer.padding_mode != "zeros":
+            x = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode)
             padding = 0
         geometry = {"stride": layer.stride, "padding": padding, "dilation": layer.dilation}
         return window_magnitude(x, self.kernel_size, **geometry)
@@ -398,7 +399,6 @@ class BinaryEmbedding(BinaryLayer, nn.Embedding):
     """
 
     float_class = nn.Embedding
-    bias = None
 
     @override
     def forward(self, x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def power_of_two(scale: Tensor) -> Tensor:
     return torch.exp2(torch.log2(scale.detach().clamp(min=2.0**-60)).round())
 
 
-def window_magnitude(x: Tensor, kernel_size: tuple[int, ...], **geometry: object) -> Tensor:
+def window_magnitude(x: Tensor, kernel_size: tuple[int, ...], **geometry: Any) -> Tensor:
     r"""The mean of :math:`|x|` over the inputs that each output of a convolution sees, without a gradient.
 
     Args:
@@ -50,15 +50,16 @@ def window_magnitude(x: Tensor, kernel_size: tuple[int, ...], **geometry: object
     """
     convolve = F.conv1d if len(kernel_size) == 1 else F.conv2d
     box = x.new_ones(1, 1, *kernel_size)
-    mean: Tensor = convolve(x.detach().abs().mean(1, keepdim=True), box / box.numel(), **geometry)  # type: ignore[arg-type]  # as the convolution has them
+    mean: Tensor = convolve(x.detach().abs().mean(1, keepdim=True), box / box.numel(), **geometry)
     return mean
 
 
 def least_squares_scale(x: Tensor, is_unsigned: bool) -> Tensor:
     r"""The factor of an input's codes with the least squared error.
 
-    Of codes :math:`\pm 1` it is :math:`\mathrm{mean}|x|`. Of codes {0, 1}, which are 1 above half of it, it is
-    the mean of what lies above; found by Lloyd's iteration from twice the mean.
+    Of codes -1 and +1 it is :math:`\mathrm{mean}|x|`. Of codes 0 and 1, which are 1 above half of it, it is
+    the mean of what lies above; found by Lloyd's iteration from twice the mean. (BiT starts at 2 and 4 times
+    the mean.)
 
     Args:
         x: any shape.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -69,8 +69,8 @@ def plan(
     """
     if any(isinstance(module, Elastic) for module in model.modules()):
         raise NASError(
-            f"binarize: this {type(model).__name__} has a supernet already. Call supernet.release(), binarize "
-            "it, and make the supernet then: Supernet(binarize(model))."
+            f"binarize: this {type(model).__name__} has a supernet already. Call supernet.release(), "
+            "binarize it, and make the supernet then: Supernet(binarize(model))."
         )
     modules = {name: module for name, module in model.named_modules() if name}
     weighted = {name: module for name, module in modules.items() if _is_weighted(module)}
@@ -87,7 +87,8 @@ def plan(
         excluded = [name for name in weighted if _matches(name, pattern)]
         if not excluded:
             raise NoMatchError(
-                f"binarize: exclude pattern {pattern!r} matches no layer with weights. {_nearest(pattern, weighted)}"
+                f"binarize: exclude pattern {pattern!r} matches no layer with weights. "
+                f"{_nearest(pattern, weighted)}"
             )
         reasons.update(dict.fromkeys(excluded, "excluded"))
     chosen = tuple(name for name in weighted if name not in reasons)
@@ -104,7 +105,7 @@ def plan(
         if weight is not None and not weight.is_meta and not bool(torch.isfinite(weight).all()):
             raise ValueError(
                 f"binarize: {name}.weight has {int((~torch.isfinite(weight)).sum())} values that are not "
-                "finite, and they have no sign. Load sound weights first, or leave the layer out with exclude=."
+                "finite, and they have no sign. Load sound weights first, or leave it out with exclude=."
             )
     return Plan(chosen, reasons)
 
@@ -115,7 +116,7 @@ def binarize(
     *,
     include: Iterable[str] | str | None = None,
     exclude: Iterable[str] | str | None = None,
-    weights: int | Weights = 1,
+    weights: int | Literal["ternary"] | Weights = 1,
     activations: int | Activations = 32,
     example_inputs: Any = None,
 ) -> nn.Module:
@@ -144,7 +145,7 @@ def binarize(
         include: shell patterns over names of layers, which may leave out how a name begins; None: all that
             can be binary, but those named above.
         exclude: patterns of layers that stay real; comes after ``include``.
-        weights: 1, 2 (ternary), 32, or a :class:`Weights` that says more.
+        weights: 1, 2 or ``"ternary"``, 32, or a :class:`Weights` that says more.
         activations: 1, 32, or an :class:`Activations` that says more.
         example_inputs: a batch: a tensor, a tuple of arguments, or a dict of keywords. The network runs on it
             twice, in evaluation mode: before, to see which layers are called; after, to :func:`calibrate`
@@ -159,8 +160,7 @@ def binarize(
         ValueError: for an unknown estimator, bits out of range, or weights that are not finite.
         NASError: for a network that is elastic already. In all cases nothing has changed.
     """
-    weights = weights if isinstance(weights, Weights) else Weights(bits=weights)
-    activations = activations if isinstance(activations, Activations) else Activations(bits=activations)
+    weights, activations = Weights.of(weights), Activations.of(activations)
     if weights.bits == activations.bits == 32:
         raise ValueError("binarize: weights and activations of 32 bits leave nothing to be binary.")
     estimator_named(estimator)

@@ -23,7 +23,7 @@ def centred(weight: Tensor) -> Tensor:
 
 
 def standardised(weight: Tensor, eps: float = 1e-5) -> Tensor:
-    r"""Each output channel with mean 0 and deviation 1: :math:`(W - \mathrm{mean}) / (\mathrm{std} + \epsilon)`.
+    r"""Each output channel with mean 0 and deviation 1: :math:`(W - \mu) / (\sigma + \epsilon)`.
 
     Args:
         weight: ``(out, ...)``; more than one weight a channel, for the deviation is the unbiased one.
@@ -43,9 +43,9 @@ def standardised(weight: Tensor, eps: float = 1e-5) -> Tensor:
 class ReCU:
     r"""Standardised weights, their tails pulled in: clamped at the quantile :math:`Q_\tau` of a Laplace law.
 
-    A channel is scaled so that a Laplace law's deviation is :math:`2\sqrt{2}`, and clamped to
-    :math:`\pm Q_\tau`, :math:`Q_\tau = -b \ln(2 - 2\tau)`, :math:`b = \mathrm{mean}|W|`. A clamped weight gets
-    a gradient only through mean and deviation, which move it back to where signs flip.
+    A channel gets the deviation :math:`2\sqrt{2}`, of a Laplace law with b = 2, and is clamped to
+    :math:`\pm Q_\tau`, :math:`Q_\tau = -b \ln(2 - 2\tau)`, :math:`b = \mathrm{mean}|W|`. A clamped weight
+    gets a gradient only through mean and deviation, which move it back to where signs flip.
 
     Args:
         tau: the quantile, in (0.5, 1); the paper moves it from 0.85 to 0.99.

@@ -24,6 +24,7 @@ from lightning_nas.supernet.anatomy import (
     axis_length,
 )
 from lightning_nas.supernet.kernels import matrices_of, read_transformed
+from lightning_nas.supernet.layers import plain_class
 from lightning_nas.supernet.spaces import kind_of, relative_space
 from lightning_nas.supernet.statistics import BUFFERS
 
@@ -188,7 +189,7 @@ class Reader:
         self.known(name, (nn.Linear,), "linear layer")
         self.part(
             name,
-            {"weight": (rows, columns), "bias": (rows,), **_of_codes(rows, columns)},
+            {"weight": (rows, columns), "bias": (rows,), **_scales(rows, columns)},
             {"out_features": length(rows), "in_features": length(columns)},
         )
         self.operation(name, "position", rows, columns)
@@ -236,7 +237,7 @@ class Reader:
                 pads = (sides, conv.kernel_size, conv.padding, conv.dilation)
                 attributes["padding"] = partial(_padding, *pads)
                 attributes["_reversed_padding_repeated_twice"] = partial(_padding_of_edges, *pads)
-        axes = {"weight": (rows, inputs, *sides), "bias": (rows,), **_of_codes(rows, columns)}
+        axes = {"weight": (rows, inputs, *sides), "bias": (rows,), **_scales(rows, columns)}
         self.part(name, axes, attributes)
         if kernel is not None and (matrices := matrices_of(conv)):
             self.parts[name] = replace(
@@ -259,22 +260,22 @@ class Reader:
         """A table of rows, one each for a token, a position, a type."""
         self.known(name, (nn.Embedding,), "embedding")
         rows = (Segment(self.model.get_submodule(name).num_embeddings),)
-        self.part(name, {"weight": (rows, width)}, {"embedding_dim": length(width)})
+        axes = {"weight": (rows, width), **_scales(rows, width)}
+        self.part(name, axes, {"embedding_dim": length(width)})
 
     def has(self, module: str, attribute: str) -> bool:
         """Whether a module has an attribute."""
         return hasattr(self.model.get_submodule(module), attribute)
 
     def known(self, name: str, classes: tuple[type, ...], what: str) -> Any:
-        """The module of this name; a binary layer counts as the plain one that it was.
+        """The module of this name.
 
         Raises:
             UnsupportedError: if it is of none of these classes; a subclass may compute anything.
         """
         module = self.model.get_submodule(name)
-        if getattr(module, "float_class", type(module)) not in classes or (
-            type(module) is nn.Linear and "weight" not in module._parameters
-        ):
+        kind = plain_class(module)
+        if kind not in classes or (kind is nn.Linear and "weight" not in module._parameters):
             raise UnsupportedError(
                 f"Supernet: {name} is a {type(module).__module__}.{type(module).__qualname__}, a {what} that "
                 f"cannot be sliced. Supported: {', '.join(cls.__name__ for cls in classes)}."
@@ -282,8 +283,8 @@ class Reader:
         return module
 
 
-def _of_codes(rows: Axis, columns: Axis) -> dict[str, tuple[Axis, ...]]:
-    """What a binary layer may have besides its weight."""
+def _scales(rows: Axis, columns: Axis) -> dict[str, tuple[Axis, ...]]:
+    """What a binary layer may have learned besides: a scale for each output, a threshold for each input."""
     return {"weight_scale": (rows,), "input_threshold": (columns,)}
 
 

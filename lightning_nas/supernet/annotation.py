@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_nas.errors import UnsupportedError
 from lightning_nas.space import Choice, Depth
+from lightning_nas.supernet.layers import plain_class
 
 __all__ = ["Annotation", "annotations_of", "elastic", "erase", "is_annotated"]
 
@@ -124,7 +125,7 @@ def erase(model: nn.Module) -> None:
 
 
 def _whole(layer: Any, kind: str) -> int:
-    if kind == "out" and type(layer) in _LAYERS:
+    if kind == "out" and plain_class(layer) in _LAYERS:
         if getattr(layer, "groups", 1) > 1:
             raise UnsupportedError(
                 f"elastic: a convolution in {layer.groups} groups cannot leave out single outputs. Mark the "

@@ -16,6 +16,7 @@ __all__ = [
     "Cut",
     "Elastic",
     "State",
+    "codes_weights",
     "cut_of",
     "make_hiding",
     "make_masked",
@@ -23,6 +24,7 @@ __all__ = [
     "make_sliced",
     "mask_of",
     "memo_without_hooks",
+    "plain_class",
     "state_of",
     "take",
     "tensor_of",
@@ -32,6 +34,17 @@ DimCut: TypeAlias = "int | tuple[int, int] | tuple[tuple[int, int], ...] | None"
 Cut: TypeAlias = "tuple[DimCut, ...] | None"
 """For each dimension: None, all of it; k, the first k; (p, k), the first k of each of p equal pieces; or
 (start, length) pairs. None for all of the tensor."""
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a layer is sliced as: its own, or of a layer that codes its weights the plain one's."""
+    kind: type[nn.Module] = getattr(type(module), "float_class", type(module))
+    return kind
+
+
+def codes_weights(module: nn.Module) -> bool:
+    """Whether a layer computes with codes of its weights: what is masked would count in its scales."""
+    return hasattr(type(module), "float_class")
 
 
 def cut_of(axes: tuple[Axis, ...], sizes: Sizes) -> Cut:

@@ -21,6 +21,7 @@ from lightning_nas.supernet.fitting import Fit, fit_space
 from lightning_nas.supernet.layers import (
     Cut,
     Elastic,
+    codes_weights,
     cut_of,
     make_hiding,
     make_masked,
@@ -108,6 +109,8 @@ class Supernet:
                 f"Supernet: execution={execution!r} does not work for a {type(self.model).__name__}; use "
                 f"execution={self.family.executions[0]!r}."
             )
+        if execution == "mask":
+            _refuse_masked_codes(self.model, "execution='mask'", "execution='slice'")
         self._modules: list[tuple[nn.Module, Part, int | None]] = []
         self._norms = {name: m for name, m in self.model.named_modules() if tracks_statistics(m)}
         self._statistics = Statistics()
@@ -232,6 +235,7 @@ class Supernet:
                 f"Supernet.mixture: a {type(self.model).__name__} cannot be masked. Use another sampler, "
                 "such as 'sandwich'."
             )
+        _refuse_masked_codes(self.model, "a mixture", "another sampler, such as 'sandwich'")
 
     # --- taking networks out
 
@@ -585,6 +589,15 @@ def _plan(
         space = family.space(model, space or "relative", **options)
     patterns = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     return family, anatomy, fit_space(space, anatomy, patterns, type(model).__name__)
+
+
+def _refuse_masked_codes(model: nn.Module, what: str, instead: str) -> None:
+    coded = [name for name, module in model.named_modules() if codes_weights(module)]
+    if coded:
+        raise UnsupportedError(
+            f"Supernet: {coded[0]} codes its weights, and {what} would count what is masked: a zero has the "
+            f"code +1, and scales are means over all weights. Use {instead}."
+        )
 
 
 def _refuse_shared(model: nn.Module, anatomy: Anatomy) -> None:

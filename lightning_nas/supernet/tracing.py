@@ -17,7 +17,7 @@ from torch.fx import Graph, Node, Tracer
 from torch.nn import functional as F
 
 from lightning_nas.errors import UnsupportedError
-from lightning_nas.supernet.layers import memo_without_hooks
+from lightning_nas.supernet.layers import memo_without_hooks, plain_class
 
 __all__ = ["Flow", "Join", "Units", "ends_at", "refusal", "taken", "trace"]
 
@@ -140,7 +140,7 @@ def taken(module: Any, name: str, units: Units) -> Units:
     Raises:
         UnsupportedError: for a layer of another kind, or one that cannot do with fewer of them.
     """
-    if type(module) not in _READERS:
+    if plain_class(module) not in _READERS:
         raise refusal(units.layer, f"into {name}, a {type(module).__module__}.{type(module).__qualname__}")
     entries, groups = _entries(module), getattr(module, "groups", 1)
     size = units.size or entries // units.count
@@ -155,7 +155,7 @@ def taken(module: Any, name: str, units: Units) -> Units:
 
 def ends_at(module: Any) -> bool:
     """Whether a layer mixes all units: linear ones and convolutions do, norms and depthwise ones do not."""
-    return type(module) in _MIXING and getattr(module, "groups", 1) == 1
+    return plain_class(module) in _MIXING and getattr(module, "groups", 1) == 1
 
 
 def refusal(layer: str, where: str) -> UnsupportedError:
@@ -201,7 +201,7 @@ class _Follower:
                     after = self._module(module, name, carried[0])
                 if name in self.layers:
                     self.flow.called.add(name)
-                    dim = _DIMS[type(module)][0]
+                    dim = _DIMS[plain_class(module)][0]
                     after = Units(name, self.layers[name], dim, None if dim == -1 else 1 - dim)
             if after is not None:
                 self.units[node] = after
@@ -217,7 +217,7 @@ class _Follower:
         return [self.units[source] for source in node.all_input_nodes if source in self.units]
 
     def _module(self, module: Any, name: str, units: Units) -> Units | None:
-        kind = type(module)
+        kind = plain_class(module)
         if kind is nn.Flatten:
             return _flattened(units, module.start_dim, module.end_dim, name)
         if kind not in _DIMS and not (kind is nn.PReLU and module.num_parameters == 1):

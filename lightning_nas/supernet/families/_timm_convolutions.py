@@ -12,6 +12,7 @@ from torch import nn
 from lightning_nas.errors import UnsupportedError
 from lightning_nas.supernet.adapter import Reader, multiples
 from lightning_nas.supernet.anatomy import Anatomy, Axis, Segment
+from lightning_nas.supernet.layers import plain_class
 
 __all__ = ["ConvReader"]
 
@@ -54,7 +55,7 @@ class ConvReader(Reader):
             head: name of the layer.
             copies: how often the stream comes there: twice by average and maximum.
         """
-        if type(self.model.get_submodule(head)) is nn.Linear:
+        if plain_class(self.model.get_submodule(head)) is nn.Linear:
             self.linear(head, (Segment(self.model.get_submodule(head).out_features),), stream * copies)
             self.leaves(stream, head)
         else:

@@ -11,7 +11,7 @@ from lightning_nas.errors import UnsupportedError
 from lightning_nas.supernet.adapter import Preset, Reader, length
 from lightning_nas.supernet.anatomy import Anatomy, Axis, Segment, Sizes
 from lightning_nas.supernet.families._transformers import TransformersAdapter, refuse_attention
-from lightning_nas.supernet.layers import tensor_of
+from lightning_nas.supernet.layers import plain_class, tensor_of
 
 __all__ = ["Encoder", "EncoderAdapter"]
 
@@ -198,7 +198,11 @@ class _Reader(Reader):
             layer = there.get(name)
             if type(layer) is nn.LayerNorm:
                 self.norm(name, self.width)
-            elif type(layer) is nn.Linear and layer.in_features == self.width[0].units:
+            elif (
+                layer is not None
+                and plain_class(layer) is nn.Linear
+                and layer.in_features == self.width[0].units
+            ):
                 self.linear(name, rows or (Segment(layer.out_features),), self.width)
             elif isinstance(layer, nn.Tanh):  # of the pooler, whose output may leave the network
                 self.part(name, {}, inputs=self.width)

@@ -22,6 +22,7 @@ from lightning_nas.supernet.adapter import Adapter, Reader, length
 from lightning_nas.supernet.anatomy import Anatomy, Axis, Segment, Sizes
 from lightning_nas.supernet.families import families
 from lightning_nas.supernet.families._presets import DYNAST, INSTATUNE
+from lightning_nas.supernet.layers import plain_class
 
 __all__ = ["TimmViT"]
 
@@ -117,7 +118,7 @@ class _ViT(Reader):
             )
         for name in ("head", "head_dist"):
             layer = getattr(model, name, None)
-            if type(layer) is nn.Linear:
+            if layer is not None and plain_class(layer) is nn.Linear:
                 self.linear(name, (Segment(layer.out_features),), self.width)
             elif not isinstance(layer, nn.Identity | None):
                 self.can_narrow = False
