@@ -1,4 +1,4 @@
-"""How binary layers fare while they train: flips of signs, indicators, scales, and alarms that say what to do."""
+"""How binary layers fare while they train: flips of signs, indicators, scales, alarms."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_nas.estimators import estimating_error, gradient_stability
 
 __all__ = ["BinaryWatch"]
 
-_STILL_LOOKS = 4  # in a row without a flip, before it is worth a word
+_STILL_LOOKS, _STILL_STEPS = 4, 100  # in a row without a flip, before it is worth a word
 _MEASURES = ("flip_rate", "estimating_error", "gradient_stability", "scale")
 
 _REMEDIES = {
@@ -26,14 +26,14 @@ _REMEDIES = {
     "zero gradient": "have a gradient of zero: no weight is where the estimator lets gradients through. Give "
     "it a larger clip, such as nas.estimators.STE(clip=None), or Weights(is_relative=True), or clamp= from "
     "the start.",
-    "still": "have a gradient, but no sign has changed for {looks} looks ({steps} optimizer steps). The "
-    "learning rate is small for the size of their weights: raise it, clamp weights (clamp=1.0), or leave them "
-    "out of weight decay.",
+    "still": "have a gradient, but no sign has changed for {steps} optimizer steps. The learning rate is "
+    "small for the size of their weights: raise it, keep weights small (clamp=1.0), or use an estimator "
+    "whose slope is large near 0.",
     "constant input": "see inputs whose codes are all the same, so they compute a constant. A ReLU, softmax "
     "or other function of one sign right before them hides it: move or drop it, give "
     "Activations(has_threshold=True), or leave them real with exclude=.",
-    "zero scale": "have a scale of zero, and give nothing. Lower the learning rate or the weight decay, or use "
-    "Weights(scale='channel'), which is not learned.",
+    "zero scale": "have a scale of zero, and give nothing. Lower the learning rate or the weight decay, or "
+    "use Weights(scale='channel'), which is not learned.",
     "scale not finite": "have a scale that is not finite. Look at the loss: the run has diverged; lower the "
     "learning rate or clip gradients.",
 }
@@ -52,7 +52,7 @@ class BinaryWatch:
         self.measured: dict[str, dict[str, float]] = {}  # layer -> what the last look saw
         self._codes: dict[str, Tensor] = {}  # at the last look
         self._still: dict[str, int] = {}  # layer -> looks in a row without a flip
-        self._said: set[str] = set()  # "kind layer"
+        self._said: set[str] = set()  # layers
         self._gradients: dict[str, tuple[Tensor, Tensor]] = {}  # layer -> stability, largest size
         self._constant: dict[str, Tensor] = {}  # layer -> whether all codes of its input are the same
         self._undo = ExitStack()
@@ -98,16 +98,16 @@ class BinaryWatch:
         table = torch.stack([torch.stack([v.float() for v in row]) for row in rows.values()]).tolist()
         trouble: dict[str, list[str]] = {}
         for name, values in zip(rows, table, strict=True):
-            *measures, largest_gradient, least_scale, constant = values
+            *measures, largest_gradient, largest_scale, constant = values
             self.measured[name] = dict(zip(_MEASURES, measures, strict=True))
-            for kind in self._faults(name, largest_gradient, least_scale, bool(constant)):
-                if f"{kind} {name}" not in self._said:
-                    self._said.add(f"{kind} {name}")
-                    trouble.setdefault(kind, []).append(name)
+            kind = self._fault(name, largest_gradient, largest_scale, bool(constant))
+            if kind is not None and name not in self._said:
+                self._said.add(name)
+                trouble.setdefault(kind, []).append(name)
         self._gradients, self._constant = {}, {}
         self._log(trainer)
         for kind, names in trouble.items():
-            remedy = _REMEDIES[kind].format(looks=_STILL_LOOKS, steps=_STILL_LOOKS * self.every)
+            remedy = _REMEDIES[kind].format(steps=self._patience * self.every)
             rank_zero_warn(f"{self.where}: binary layers {', '.join(names)} {remedy}")
 
     def _row(self, name: str, layer: BinaryLayer) -> list[Tensor]:
@@ -126,26 +126,32 @@ class BinaryWatch:
                 unit = mean_magnitude(treated, "layer" if layer.weights.scale == "layer" else "channel")
                 treated = treated / unit.view(-1, *(1,) * (treated.ndim - 1)).clamp(min=1e-12)
             error = estimating_error(treated, layer.weight_estimator)
-        stability, largest = self._gradients.get(name, (nothing, nothing))
+        stability, largest = self._gradients.get(name, (nothing, torch.zeros_like(nothing) - 1))
         scale = layer.scale.detach().abs()
         constant = self._constant.get(name, torch.zeros_like(nothing))
         # A channel of zeros is no fault (pruned, or never used), a layer of them is.
         return [flips, error, stability, scale.mean(), largest, scale.amax(), constant]
 
-    def _faults(self, name: str, largest_gradient: float, scale: float, constant: bool) -> list[str]:
-        flips, faults = self.measured[name]["flip_rate"], []
+    @property
+    def _patience(self) -> int:
+        """Looks in a row without a flip that are too many."""
+        return max(_STILL_LOOKS, -(-_STILL_STEPS // self.every))
+
+    def _fault(self, name: str, largest_gradient: float, scale: float, is_constant: bool) -> str | None:
+        flips = self.measured[name]["flip_rate"]
         if not math.isnan(flips):
             self._still[name] = self._still.get(name, 0) + 1 if flips == 0 else 0
-        if self._still.get(name, 0) >= _STILL_LOOKS:
-            dead = "zero gradient" if largest_gradient == 0 else "still"
-            faults.append("no gradient" if math.isnan(largest_gradient) else dead)
-        if constant:
-            faults.append("constant input")
         if not math.isfinite(scale):
-            faults.append("scale not finite")
-        elif scale < 1e-12:
-            faults.append("zero scale")
-        return faults
+            return "scale not finite"
+        if scale < 1e-12:
+            return "zero scale"
+        if is_constant:
+            return "constant input"
+        if self._still.get(name, 0) < self._patience:
+            return None
+        if largest_gradient < 0:
+            return "no gradient"
+        return "zero gradient" if largest_gradient == 0 else "still"
 
     def _log(self, trainer: Trainer) -> None:
         metrics = {

@@ -130,8 +130,8 @@ def refuse_whole(network: nn.Module, trainer: Trainer, pl_module: LightningModul
     if network is pl_module and trainer.strategy.model is not pl_module:
         raise UnsupportedError(
             f"{where}: {type(trainer.strategy).__name__} runs training_step by a call of the "
-            "LightningModule, which cannot be told from its own calls there. Put the parts of the network into one module, "
-            "such as nn.Sequential(backbone, head), and name it: network='...'."
+            "LightningModule, which cannot be told from its own calls there. Put the parts of the network "
+            "into one module, such as nn.Sequential(backbone, head), and name it: network='...'."
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
@@ -155,6 +156,7 @@ class Binarization(FrozenTeaching):
         self._total: float = math.inf
         self._last_step = 0
         self._made_in_this_run = self._told_inputs = False
+        self._eager = ExitStack()
         self._found: dict[
             str, BinaryLayer
         ] = {}  # found once: a walk through the network for each step is slow
@@ -229,6 +231,10 @@ class Binarization(FrozenTeaching):
             weights=self.weights,
             activations=self.activations,
         )
+        for layer in layers(network).values():  # what is frozen stays so
+            for name, parameter in layer.named_parameters():
+                if name not in ("weight", "bias") and not layer.weight.requires_grad:
+                    parameter.requires_grad_(False)
         if stage == "fit" and (stale := stale_copy(callbacks_of(trainer), pl_module)):
             release(network)
             raise UnsupportedError(
@@ -262,7 +268,7 @@ class Binarization(FrozenTeaching):
         self._found = found
 
     def _release_supernets(self, trainer: Trainer) -> None:
-        """Let callbacks that made the network elastic before it was binary do so again, at the start of fit."""
+        """Let callbacks that made the network elastic before it was binary do so again in on_fit_start."""
         for callback in callbacks_of(trainer):
             supernet = getattr(callback, "supernet", None)
             if isinstance(supernet, Supernet) and not layers(supernet.model):
@@ -307,8 +313,8 @@ class Binarization(FrozenTeaching):
         if is_float and {*fresh} - {"weight", "bias"} and checkpoint.get("optimizer_states"):
             checkpoint["optimizer_states"] = []
             rank_zero_info(
-                f"{_WHERE}: the checkpoint is of the float network; optimizers begin anew, since theirs knows "
-                "no scales."
+                f"{_WHERE}: the checkpoint is of the float network; optimizers begin anew, since its own "
+                "knew no scales."
             )
 
     @override
@@ -322,13 +328,13 @@ class Binarization(FrozenTeaching):
                 "the right one: network='...'."
             )
         self.model, self._found = network, layers(network)
+        refuse_bad_scales(self._found)
         refuse_unused(trainer, self._found.values(), self.stages)
         self.watch_both(trainer, pl_module, network)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        refuse_bad_scales(self._found)
         if missing := untrained(trainer.optimizers, self._found):
             rank_zero_warn(
                 f"{_WHERE}: {len(missing)} parameters of binary layers are not trained, as {missing[0]}: "
@@ -369,6 +375,7 @@ class Binarization(FrozenTeaching):
         progress = self._progress_at(trainer.global_step)
         if progress != self.progress:
             self._apply(progress)
+        self._be_eager()
         self.watcher.begin(trainer, self._found)
 
     @override
@@ -383,6 +390,7 @@ class Binarization(FrozenTeaching):
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self.watcher.end()
+        self._eager.close()
         if not self._told_inputs:
             self._tell_inputs()
         if trainer.global_step == self._last_step:
@@ -393,6 +401,39 @@ class Binarization(FrozenTeaching):
                 for layer in self._found.values():
                     layer.weight.clamp_(-self.clamp, self.clamp)
         self.watcher.look(trainer, self._found)
+
+    def _be_eager(self) -> None:
+        """Run a first batch without ``torch.compile``: layers learn their inputs from it, outside of a graph.
+
+        Else the graph would be in pieces for good.
+        """
+        if any(
+            layer.input_bits != 32 and layer.input_is_nonnegative is None for layer in self._found.values()
+        ):
+            self._eager.enter_context(torch.compiler.set_stance("force_eager"))
+
+    @override
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._be_eager()
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._eager.close()
 
     def _tell_inputs(self) -> None:
         """Say once which inputs got codes of 0 and 1, as soon as all have been seen."""
@@ -419,6 +460,7 @@ class Binarization(FrozenTeaching):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.watcher.end()
+        self._eager.close()
         super().on_exception(trainer, pl_module, exception)
         if self._made_in_this_run and self.model is not None:
             for callback in callbacks_of(trainer):
