@@ -37,11 +37,11 @@ CODED = {  # how weights are scaled, as each paper has it
     "bireal": Weights(),
     "ede": Weights(scale="power_of_two", treatment="standardised"),
     "dsq": Weights(),
-    "reste": Weights(scale="layer", has_gradient=True),
+    "reste": Weights(scale="layer", grad_through_scale=True),
     "biper": Weights(scale="learned"),
 }
 CIFAR = {"biper": "86.98", "reste": "86.75", "ede": "86.5"}  # ResNet-20 on CIFAR-10, from their repositories
-NAMES = {"float": "float network", "frozen": "frozen binary layers", "ede": "EDE, Libra weights (IR-Net)"}
+NAMES = {"float": "float network", "frozen": "frozen binary layers", "ede": "ede, Libra weights (IR-Net)"}
 
 
 class Penalised(ImageClassifier):
@@ -128,7 +128,7 @@ def main() -> None:
                 done.append(run(name, seed, given.epochs))
                 with given.results.open("a") as file:
                     file.write(json.dumps(done[-1]) + "\n")
-    print(table(done))
+    print(table([r for r in done if r["seed"] < given.seeds and r["name"] in given.only]))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def test_restes_recipe_is_the_papers(cifar10):
     callback = binarization(made)
     assert isinstance(callback.estimator, ReSTE)
     assert (callback.estimator.power, callback.estimator.clip, callback.estimator.chord) == (3.0, 1.5, 0.1)
-    assert (callback.weights.bits, callback.weights.scale, callback.weights.has_gradient) == (
+    assert (callback.weights.bits, callback.weights.scale, callback.weights.grad_through_scale) == (
         1,
         "layer",
         True,

@@ -228,6 +228,14 @@ def test_a_loaded_network_is_saved_as_the_same_file(tmp_path):
     assert first == second
 
 
+def test_a_binary_subnetwork_is_restored(tmp_path):
+    supernet = nas.Supernet(binary("timm ViT", Weights(scale="learned")))
+    small = supernet.extract(supernet.space.smallest)
+    loaded = nas.load(nas.save(small, tmp_path))
+    assert loaded.blocks[0].mlp.fc1.weight.shape == small.blocks[0].mlp.fc1.weight.shape
+    assert torch.equal(outputs(loaded, "timm ViT"), outputs(small, "timm ViT"))
+
+
 # --- training
 
 

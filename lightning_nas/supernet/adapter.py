@@ -268,7 +268,7 @@ class Reader:
         return hasattr(self.model.get_submodule(module), attribute)
 
     def known(self, name: str, classes: tuple[type, ...], what: str) -> Any:
-        """The module of this name; a binary layer counts as the plain one that it was.
+        """The module of this name.
 
         Raises:
             UnsupportedError: if it is of none of these classes; a subclass may compute anything.
