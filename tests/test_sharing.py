@@ -1,5 +1,7 @@
 """What workers of one study agree on, and what they do while the storage fails."""
 
+import multiprocessing
+import os
 import threading
 import time
 from collections import Counter
@@ -156,6 +158,30 @@ def test_a_budget_below_what_is_spent_names_both_and_what_to_do():
 
 
 # --- a storage that fails
+
+
+def test_a_journal_whose_writer_was_killed_holds_nobody_up(tmp_path):
+    def die_while_writing():
+        def never(file):
+            (tmp_path / "writes").touch()
+            time.sleep(60)
+
+        os.fsync = never
+        run(Evaluation(), tmp_path / "s.log")
+
+    run(Evaluation(), tmp_path / "s.log", budget=3)
+    writer = multiprocessing.get_context("fork").Process(target=die_while_writing)
+    writer.start()
+    while not (tmp_path / "writes").exists():
+        assert writer.is_alive()
+        time.sleep(0.01)
+    writer.kill()
+    writer.join()
+    assert (tmp_path / "s.log.lock").exists()  # as Optuna's own lock, which others then wait 30 s for
+    began = time.monotonic()
+    result = run(Evaluation(), tmp_path / "s.log")
+    assert time.monotonic() - began < 10
+    assert history(result) == history(run(Evaluation(), "memory"))
 
 
 class Failing(InMemoryStorage):
