@@ -1,5 +1,6 @@
 """What workers of one study agree on, and what they do while the storage fails."""
 
+import itertools
 import multiprocessing
 import os
 import threading
@@ -122,6 +123,22 @@ def test_a_worker_that_beats_is_waited_for_beyond_its_grace():
     assert history(worker.result()) == history(result)
     assert sorted((slow.seen + quick.seen).values()) == [1, 1, 1, 1]
     assert len(slow.seen) == 1
+
+
+def test_a_clock_that_ran_on_while_the_machine_slept_makes_nobody_dead(monkeypatch):
+    storage, begun, hours = InMemoryStorage(), threading.Event(), itertools.count(0, 3600)
+    slow, sharing = Evaluation(pause=0.5), nas.Sharing(beat=0.05, grace=5)
+
+    def signalled(architecture):
+        begun.set()
+        return slow(architecture)
+
+    with ThreadPoolExecutor(1) as pool:
+        worker = pool.submit(run, signalled, storage, SMALL, budget=1, sharing=sharing)
+        assert begun.wait(10)
+        monkeypatch.setattr(time, "monotonic", lambda: float(next(hours)))
+        result = run(pytest.fail, storage, SMALL, budget=1, sharing=sharing)
+        assert history(worker.result()) == history(result)
 
 
 def test_a_search_in_memory_starts_no_thread():
@@ -251,7 +268,7 @@ def test_a_storage_that_stays_away_ends_with_what_was_found_and_the_rest_follows
 
 
 def test_an_outage_longer_than_the_grace_makes_nobody_dead():
-    storage, slow, begun = Failing("get_study_user_attrs", ()), Evaluation(pause=1.5), threading.Event()
+    storage, slow, begun = Failing("get_study_user_attrs", ()), Evaluation(pause=2.5), threading.Event()
 
     def signalled(architecture):
         begun.set()
