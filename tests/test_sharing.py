@@ -1,5 +1,8 @@
 """What workers of one study agree on, and what they do while the storage fails."""
 
+import itertools
+import multiprocessing
+import os
 import threading
 import time
 from collections import Counter
@@ -122,6 +125,22 @@ def test_a_worker_that_beats_is_waited_for_beyond_its_grace():
     assert len(slow.seen) == 1
 
 
+def test_a_clock_that_ran_on_while_the_machine_slept_makes_nobody_dead(monkeypatch):
+    storage, begun, hours = InMemoryStorage(), threading.Event(), itertools.count(0, 3600)
+    slow, sharing = Evaluation(pause=0.5), nas.Sharing(beat=0.05, grace=5)
+
+    def signalled(architecture):
+        begun.set()
+        return slow(architecture)
+
+    with ThreadPoolExecutor(1) as pool:
+        worker = pool.submit(run, signalled, storage, SMALL, budget=1, sharing=sharing)
+        assert begun.wait(10)
+        monkeypatch.setattr(time, "monotonic", lambda: float(next(hours)))
+        result = run(pytest.fail, storage, SMALL, budget=1, sharing=sharing)
+        assert history(worker.result()) == history(result)
+
+
 def test_a_search_in_memory_starts_no_thread():
     def evaluate(architecture):
         names.update(thread.name for thread in threading.enumerate())
@@ -156,6 +175,30 @@ def test_a_budget_below_what_is_spent_names_both_and_what_to_do():
 
 
 # --- a storage that fails
+
+
+def test_a_journal_whose_writer_was_killed_holds_nobody_up(tmp_path):
+    def die_while_writing():
+        def never(file):
+            (tmp_path / "writes").touch()
+            time.sleep(60)
+
+        os.fsync = never
+        run(Evaluation(), tmp_path / "s.log")
+
+    run(Evaluation(), tmp_path / "s.log", budget=3)
+    writer = multiprocessing.get_context("fork").Process(target=die_while_writing)
+    writer.start()
+    while not (tmp_path / "writes").exists():
+        assert writer.is_alive()
+        time.sleep(0.01)
+    writer.kill()
+    writer.join()
+    assert (tmp_path / "s.log.lock").exists()  # as Optuna's own lock, which others then wait 30 s for
+    began = time.monotonic()
+    result = run(Evaluation(), tmp_path / "s.log")
+    assert time.monotonic() - began < 10
+    assert history(result) == history(run(Evaluation(), "memory"))
 
 
 class Failing(InMemoryStorage):
@@ -225,7 +268,7 @@ def test_a_storage_that_stays_away_ends_with_what_was_found_and_the_rest_follows
 
 
 def test_an_outage_longer_than_the_grace_makes_nobody_dead():
-    storage, slow, begun = Failing("get_study_user_attrs", ()), Evaluation(pause=1.5), threading.Event()
+    storage, slow, begun = Failing("get_study_user_attrs", ()), Evaluation(pause=2.5), threading.Event()
 
     def signalled(architecture):
         begun.set()
