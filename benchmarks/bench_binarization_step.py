@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import BertConfig, BertForSequenceClassification
 
-ROUNDS, WARM_UP = 10, 2
+ROUNDS, WARM_UP = 12, 2
 CALLBACKS = {
     "plain": lambda: [],
     "1-bit weights": lambda: [Binarization()],

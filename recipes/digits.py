@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def mnist_part(part: Part, pool: int = 1) -> Dataset[tuple[Tensor, Tensor]]:
     if part not in get_args(Part):
         raise ValueError(f"mnist_part: part must be one of {', '.join(get_args(Part))}, got {part!r}.")
     images, labels = handwritten_digits().tensors
-    data = TensorDataset(F.avg_pool2d(images, pool), labels)
+    data: Any = TensorDataset(F.avg_pool2d(images, pool), labels)
     return Subset(data, parts(len(data))[get_args(Part).index(part)])
 
 

@@ -214,11 +214,11 @@ class BiPFTAttention(BiTAttention):
     def scores(self, query: Tensor, key: Tensor, tokens: Tensor | None) -> Tensor:
         assert tokens is not None  # whoever owns the projections gives what they were made of
         qm, km, qp, kp = (part(tokens) for part in (self.qm, self.km, self.qp, self.kp))
-        residual = qm @ kp.mT + qp @ (km + kp).mT
+        residual: Tensor = qm @ kp.mT + qp @ (km + kp).mT
         return super().scores(query, key, tokens) + residual[:, None]
 
     @override
     def context(self, codes: Tensor, scale: Tensor, value: Tensor, tokens: Tensor | None) -> Tensor:
         assert tokens is not None
-        residual = (codes * scale) @ self.vp(tokens)[:, None].to(codes.dtype)
+        residual: Tensor = (codes * scale) @ self.vp(tokens)[:, None].to(codes.dtype)
         return super().context(codes, scale, value, tokens) + residual

@@ -70,9 +70,10 @@ def binarize_attention(model: nn.Module, method: str | Method = "bivit", **setti
     made = [kind(width, **settings) for _, _, width in found]
     for (_, module, _), coded in zip(found, made, strict=True):
         like = next(module.parameters())
-        module.__class__ = _coded(type(module))
+        own: Any = type(module)
+        module.__class__ = _coded(own)
         module.binary_attention = coded.to(like.device).train(module.training)
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if config is not None and config._attn_implementation != _NAME:
             module.__dict__["_attention_before"] = config._attn_implementation
             config._attn_implementation = _NAME
@@ -86,7 +87,8 @@ def release_attention(model: nn.Module) -> nn.Module:
             del module.binary_attention
             module.__class__ = type(module).__bases__[1]
             if (before := module.__dict__.pop("_attention_before", None)) is not None:
-                module.config._attn_implementation = before
+                config: Any = module.config
+                config._attn_implementation = before
     return model
 
 
@@ -225,13 +227,13 @@ class _Coded(nn.Module):
         return (_blank, (type(self).__bases__[1],), *super().__reduce_ex__(protocol)[2:])
 
 
-def _blank(original: type[nn.Module]) -> nn.Module:
+def _blank(original: Any) -> nn.Module:
     cls = _coded(original)
     return cls.__new__(cls)
 
 
 @cache
-def _coded(original: type[nn.Module]) -> type[nn.Module]:
+def _coded(original: Any) -> type[nn.Module]:
     kind = _timm_kind(original)
     forward = {"window": _window_forward, "global": _global_forward, None: _library_forward}[kind]
     if kind is None:

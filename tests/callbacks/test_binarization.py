@@ -9,13 +9,15 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from lightning_nas.callbacks import Binarization, InstaTune, SupernetTraining
+from lightning_nas.callbacks._binary_checks import refuse_unused
+from lightning_nas.callbacks._stages import stages_named
 from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_avg_fn
 
 import lightning_nas as nas
-from lightning_nas.binary import Weights
+from lightning_nas.binary import Activations, Weights
 from tests import user_modules as users
 from tests.callbacks.test_supernet_training import QUIET, assert_same, weights
 
@@ -512,6 +514,29 @@ def test_what_cannot_work_is_refused_and_leaves_the_module_as_it_was(name):
 def test_arguments_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Binarization(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "stages", "unused"),
+    [
+        ({"activations": 1}, "weights-first", "input_scale"),
+        ({"activations": 1, "weights": Weights(scale="learned")}, "activations-first", "weight_scale"),
+        ({"activations": Activations(scale=None)}, "weights-first", None),
+        ({"activations": 1}, "activations-first", None),
+    ],
+)
+def test_stages_in_which_scales_have_no_part_are_refused_under_ddp(settings, stages, unused):
+    model, stages = nas.binarize(users.tiny_vit(), **settings), stages_named(stages, 1, 1, False)
+    found = nas.binary.layers(model).values()
+    for strategy, is_refused in (("ddp", bool(unused)), ("ddp_find_unused_parameters_true", False)):
+        trainer = pl.Trainer(strategy=strategy, **{**QUIET, "devices": 2})
+        if is_refused:
+            with pytest.raises(
+                nas.UnsupportedError, match=f"{unused} of layers .*find_unused_parameters_true"
+            ):
+                refuse_unused(trainer, found, stages)
+        else:
+            refuse_unused(trainer, found, stages)
 
 
 def test_parameters_that_no_optimizer_holds_are_named():

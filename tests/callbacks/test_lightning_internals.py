@@ -14,6 +14,7 @@ from lightning_nas.callbacks._lightning import (
     accumulates,
     can_validate,
     end_validation,
+    finds_unused_parameters,
     has_static_graph,
     run_validation,
     sum_so_far,
@@ -161,6 +162,16 @@ def test_has_static_graph_reads_what_ddp_was_given():
     assert not has_static_graph(trainer_with(strategy=DDPStrategy(process_group_backend="gloo")))
     assert not has_static_graph(trainer_with(strategy=DDPStrategy(static_graph=False)))
     assert not has_static_graph(trainer_with())
+
+
+# --- finds_unused_parameters
+
+
+def test_finds_unused_parameters_reads_what_ddp_was_given():
+    assert finds_unused_parameters(trainer_with())
+    assert finds_unused_parameters(trainer_with(strategy="ddp_find_unused_parameters_true"))
+    assert not finds_unused_parameters(trainer_with(strategy="ddp"))
+    assert not finds_unused_parameters(trainer_with(strategy=DDPStrategy(process_group_backend="gloo")))
 
 
 # --- syncs_batch_norm
