@@ -1,6 +1,6 @@
 """How to choose the next architectures to evaluate, one file each; all are Optuna samplers underneath."""
 
-from lightning_nas.strategies._strategy import Strategy, seeds, strategies
+from lightning_nas.strategies._strategy import PREDICTED, SHARE, Strategy, note, seeds, strategies
 from lightning_nas.strategies.coarse_to_fine import CoarseToFine
 from lightning_nas.strategies.evolution import Evolution
 from lightning_nas.strategies.gbdt import GBDTNAS
@@ -16,12 +16,15 @@ __all__ = [
     "LINAS",
     "NSGA2",
     "NSGA3",
+    "PREDICTED",
+    "SHARE",
     "TPE",
     "CoarseToFine",
     "Evolution",
     "Grid",
     "Random",
     "Strategy",
+    "note",
     "seeds",
     "strategies",
 ]
