@@ -9,6 +9,7 @@ from lightning_nas.strategies.linas import LINAS
 from lightning_nas.strategies.nsga2 import NSGA2
 from lightning_nas.strategies.nsga3 import NSGA3
 from lightning_nas.strategies.random import Random
+from lightning_nas.strategies.successive_halving import SuccessiveHalving
 from lightning_nas.strategies.tpe import TPE
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Grid",
     "Random",
     "Strategy",
+    "SuccessiveHalving",
     "note",
     "seeds",
     "strategies",
