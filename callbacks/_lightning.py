@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from copy import copy, deepcopy
@@ -20,7 +21,7 @@ from pytorch_lightning.utilities.compile import to_uncompiled
 from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
-from lightning_nas.errors import NASError
+from lightning_nas.errors import NASError, UnsupportedError
 
 __all__ = [
     "accumulates",
@@ -135,7 +136,7 @@ def uncompiled(module: LightningModule) -> LightningModule:
     return module if module._compiler_ctx is None else to_uncompiled(module)
 
 
-def run_validation(trainer: Trainer, watch: Callback | None = None) -> dict[str, float]:
+def run_validation(trainer: Trainer, watch: Callback | None = None, share: float = 1.0) -> dict[str, float]:
     """One pass of the running Trainer's own validation loop over the user's ``validation_step`` and metrics.
 
     Callbacks (but for weight averaging, which lends its weights) and loggers see nothing of it, and the
@@ -145,9 +146,13 @@ def run_validation(trainer: Trainer, watch: Callback | None = None) -> dict[str,
     Args:
         trainer: the Trainer.
         watch: a callback that does see it, and may :func:`end_validation`.
+        share: of the batches of each loader, the first ones; at least one.
 
     Returns:
         What the module logged, by the names that ``monitor=`` would use.
+
+    Raises:
+        UnsupportedError: for a share of data whose length is unknown.
     """
     fitting = trainer.state.fn == TrainerFn.FITTING
     loop = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
@@ -177,9 +182,24 @@ def run_validation(trainer: Trainer, watch: Callback | None = None) -> dict[str,
             _restore(undo, connector, name, None)
         if fitting:
             trainer.validating = True
+        if share < 1:
+            _limit(undo, loop, share)
         loop.run()
         logged = dict(connector._callback_metrics)
     return _mean_over_ranks(trainer, {name: float(value) for name, value in logged.items()})
+
+
+def _limit(undo: ExitStack, loop: Any, share: float) -> None:  # Any: the loop declares these nowhere
+    """Let a validation loop take a share of its batches, until ``undo`` is closed."""
+    loop.setup_data()
+    if not all(math.isfinite(count) for count in loop._max_batches):
+        raise UnsupportedError(
+            "A share of the validation data was asked for, but its length is unknown: give the Trainer "
+            "limit_val_batches=..., data with a length, or the search another strategy."
+        )
+    _restore(undo, loop, "_max_batches", [max(1, round(share * count)) for count in loop._max_batches])
+    vars(loop)["setup_data"] = lambda: None  # in Trainer.validate it would count the batches anew
+    undo.callback(vars(loop).pop, "setup_data")
 
 
 def end_validation() -> NoReturn:

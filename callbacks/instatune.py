@@ -68,6 +68,11 @@ class InstaTune(SupernetTraining):
             (not by class); ``bounds`` are not used. It takes a dozen batches at least; more and smaller ones
             race better. The error rate holds for means over samples (accuracy, loss); for other values
             (F1, AUC), logged as metric objects, it is approximate, since early batches weigh otherwise.
+        baseline: also search at random with the same budget, to see what the strategy is worth; it takes as
+            long again.
+        remeasure: how many times the front is validated again at the end, outside the budget, for the noise
+            that the result states; 0 for none. Validation that gives the same numbers twice, as it mostly
+            does, is repeated for two candidates and no more, so that the default costs next to nothing.
         **training: the arguments of :class:`SupernetTraining`. With ``sampler="largest"`` a plainly
             fine-tuned network is searched; ``seed`` is also the search's. A network that training did not
             put in order is put in order before the search.
@@ -94,6 +99,8 @@ class InstaTune(SupernetTraining):
         constraints: Mapping[Any, tuple[str, float]] | None = None,
         folder: str | Path | None = None,
         racing: Racing | None = None,
+        baseline: bool = False,
+        remeasure: int = 1,
         **training: Any,  # those of SupernetTraining, which checks them
     ) -> None:
         super().__init__(**training)
@@ -117,6 +124,9 @@ class InstaTune(SupernetTraining):
                 "one that breaks it would stop others. Leave racing out, or bound costs only."
             )
         self.racing = racing
+        if remeasure < 0:
+            raise ValueError(f"InstaTune: remeasure is a number of times, 0 for none, got {remeasure}.")
+        self.baseline, self.remeasure = baseline, remeasure
         Limit.all_of(constraints, "InstaTune")  # names a wrong bound now, not after training
         self.result: SearchResult | None = None
         self._search_after_validation = False
@@ -248,15 +258,15 @@ class InstaTune(SupernetTraining):
         racing = None if self.racing is None else replace(self.racing, bounds=None)
         rivals, raced_by = Rivals(racing, self.mode), counted if trainer.is_global_zero else []  # it decides
 
-        def evaluate(architecture: Architecture) -> dict[str, float]:
-            if racing is None:
-                logged = self.evaluate(trainer, pl_module, architecture)
+        def evaluate(architecture: Architecture, share: float = 1.0) -> dict[str, float]:
+            if racing is None or share < 1:
+                logged = self.evaluate(trainer, pl_module, architecture, share=share)
             else:
                 race = BatchRace(self.monitor, rivals.start(cost(architecture) for cost in raced_by))
                 logged = race.values(self.evaluate(trainer, pl_module, architecture, race))
             return {name: value for name, value in logged.items() if name not in taken}
 
-        def run(evaluate: Callable[[Architecture], dict[str, float]]) -> SearchResult:
+        def run(evaluate: Callable[..., dict[str, float]]) -> SearchResult:
             return search(
                 supernet.space,
                 evaluate,
@@ -268,6 +278,8 @@ class InstaTune(SupernetTraining):
                 seed=self.seed,
                 constraints=constraints,
                 initial=(supernet.space.largest, supernet.space.smallest),
+                baseline=self.baseline and not quick,
+                remeasure=0 if quick else self.remeasure,
                 progress=trainer.progress_bar_callback is not None,
             )
 
@@ -353,6 +365,7 @@ class InstaTune(SupernetTraining):
             "monitor": self.monitor, "mode": self.mode,
             "costs": [str(getattr(cost, "name", cost)) for cost in self.costs],
             "strategy": repr(self.strategy), "budget": self.budget, "racing": repr(self.racing),
+            "baseline": self.baseline, "remeasure": self.remeasure,
             "sampler": repr(self.sampler), "order": self.order,
             "warmup_steps": self.phases.warmup_steps, "lr_factor": self.lr_factor, "seed": self.seed,
             "students_learn_from": type(self.student_loss).__name__, "space_size": str(space.size),
@@ -364,7 +377,9 @@ class InstaTune(SupernetTraining):
         cost_name = str(getattr(cost, "name", cost))
         lines = [
             f"InstaTune: {len(result.candidates)} candidates evaluated, {len(result.front)} on the front; "
-            f"written to {folder}."
+            f"written to {folder}.",
+            result.summary().partition("\n\n")[2],
+            "",
         ]
         if result.reference is not None and self._before_sandwich is not None and self.sandwich_steps:
             lines.append(
@@ -415,8 +430,8 @@ def _put_last(trainer: Trainer, callback: Callback) -> None:
 
 def _on_every_rank(
     trainer: Trainer,
-    run: Callable[[Callable[[Architecture], dict[str, float]]], SearchResult],
-    evaluate: Callable[[Architecture], dict[str, float]],
+    run: Callable[[Callable[..., dict[str, float]]], SearchResult],
+    evaluate: Callable[..., dict[str, float]],
     empty: SearchResult,
 ) -> SearchResult:
     """Search on the first process; the others evaluate whatever it evaluates, and get what it found.
@@ -427,9 +442,9 @@ def _on_every_rank(
         return run(evaluate)
     broadcast = trainer.strategy.broadcast
 
-    def evaluate_together(architecture: Architecture) -> dict[str, float]:
-        broadcast(architecture)
-        return evaluate(architecture)
+    def evaluate_together(architecture: Architecture, share: float = 1.0) -> dict[str, float]:
+        broadcast((architecture, share))
+        return evaluate(architecture, share)
 
     if trainer.is_global_zero:
         result = None
@@ -437,13 +452,21 @@ def _on_every_rank(
             result = run(evaluate_together)
         finally:  # lets the others leave their loop, also when this process is about to fail
             broadcast(None)
-            broadcast(None if result is None else (result.candidates, result.failed))
+            parts = [] if result is None else [result, result.baseline]
+            broadcast([(part.candidates, part.failed) for part in parts if part is not None])
         return result
-    while (architecture := broadcast(None)) is not None:
-        evaluate(architecture)
+    while (asked := broadcast(None)) is not None:
+        evaluate(*asked)
     found = broadcast(None)
-    if found is None:
+    if not found:
         raise NASError("InstaTune: the search failed on the first process; its error tells why.")
-    candidates, failed = found
-    reference = next((c for c in candidates if c.architecture == empty.space.largest), None)
-    return replace(empty, candidates=candidates, failed=failed, reference=reference)
+    result, *baseline = (
+        replace(
+            empty,
+            candidates=candidates,
+            failed=failed,
+            reference=next((c for c in candidates if c.architecture == empty.space.largest), None),
+        )
+        for candidates, failed in found
+    )
+    return replace(result, baseline=baseline[0] if baseline else None)

@@ -686,6 +686,7 @@ class SupernetTraining(Callback):
         pl_module: LightningModule,
         architecture: Architecture,
         watch: Callback | None = None,
+        share: float = 1.0,
     ) -> dict[str, float]:
         """What the user's own validation logs for one architecture, leaving no trace in the run.
 
@@ -694,6 +695,7 @@ class SupernetTraining(Callback):
             pl_module: the user's module.
             architecture: the subnetwork.
             watch: a callback that sees this validation; the run's own do not.
+            share: of the validation batches, in (0, 1]; the first ones.
 
         Returns:
             The logged values by name.
@@ -704,7 +706,7 @@ class SupernetTraining(Callback):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(self._require().using(architecture))
             self._recalibrate(trainer, pl_module)
-            return run_validation(trainer, watch)
+            return run_validation(trainer, watch, share)
 
     def _recalibrate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the active subnetwork batch-norm statistics of its own, by the user's ``training_step``.

@@ -17,7 +17,7 @@ from lightning_nas._storage import quiet_optuna
 from lightning_nas.problem import Problem
 from lightning_nas.results import keeps, losses, non_dominated
 from lightning_nas.space import Architecture
-from lightning_nas.strategies import Strategy
+from lightning_nas.strategies import PREDICTED, SHARE, Strategy
 
 __all__ = ["Proposals"]
 
@@ -48,6 +48,7 @@ class Proposals:
         self.budget, self.seed = budget, seed
         self.duplicates = self.rejected = 0
         self._number = 0
+        self._sees_shares = getattr(strategy, "partial", False)
         self._told = 0  # trials of the record that the sampler knows
         self._nearest: dict[str, float] | None = None
         self._initial = [
@@ -64,14 +65,16 @@ class Proposals:
             ValueError: if nothing seen so far keeps the constraints.
         """
         record = self.record
-        self._study.add_trials(record.trials[self._told :])
+        for trial in record.trials[self._told :]:
+            if self._sees_shares or trial.system_attrs.get(SHARE, 1.0) == 1:
+                self._study.add_trial(trial)
         self._told = len(record)
         self._number = max(self._number, record.next_proposal)
         for _ in range(_PATIENCE + len(record.others)):
-            if len(record) + len(record.others) >= self.problem.space.size:
+            if len(record.keys) + len(record.others) >= self.problem.space.size:
                 return None
             proposal = self._ask(next((a for a in self._initial if not record.is_taken(a.key)), None))
-            if record.is_taken(proposal.architecture.key):
+            if record.is_taken(proposal.architecture.key, proposal.share):
                 self.duplicates += 1
             elif self._keeps(proposal.costs):
                 return self._counted(proposal)
@@ -85,15 +88,18 @@ class Proposals:
     def _ask(self, instead: Architecture | None) -> Proposal:
         """What the strategy's sampler proposes, or a given architecture in its place."""
         self._study.sampler = self.strategy.sampler(self.problem, self.budget, self.seed, self._number)
-        asked = self._study.tell(self._study.ask(self.problem.distributions), state=TrialState.FAIL)
+        trial = self._study.ask(self.problem.distributions)
+        is_chosen = bool(trial.relative_params) or self.record.has_learnt
+        asked = self._study.tell(trial, state=TrialState.FAIL)
         self._number += 1
-        architecture = self.problem.space.canonical(asked.params) if instead is None else instead
-        return Proposal(
-            architecture,
-            self.problem.costs_of(architecture, self.problem.bounded),
-            self._number - 1,
-            asked.system_attrs,
-        )
+        architecture = self.problem.space.canonical(asked.params)
+        origin = "strategy" if is_chosen else "start"
+        notes = asked.system_attrs
+        if instead is not None:
+            architecture, origin = instead, "initial" if instead in self._initial else "space"
+            notes = {name: value for name, value in notes.items() if name not in (PREDICTED, SHARE)}
+        costs = self.problem.costs_of(architecture, self.problem.bounded)
+        return Proposal(architecture, costs, self._number - 1, notes, origin)
 
     def _counted(self, proposal: Proposal) -> Proposal:
         """With all its costs: some take time to measure, and only what will be evaluated is worth it."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,15 @@ from lightning_nas.problem import Problem
 from lightning_nas.registry import nearest
 from lightning_nas.results import Candidate, Failure
 from lightning_nas.space import Architecture
+from lightning_nas.strategies import PREDICTED, SHARE
 
-__all__ = ["IDENTITY", "Proposal", "Record"]
+__all__ = ["IDENTITY", "ROUNDING", "Proposal", "Record"]
 
 IDENTITY = "lightning_nas"
 """The attribute of a study that says what it searches."""
+_REPEAT = "lightning_nas:repeat:"
+ROUNDING = 1e-9
+"""Of sums of shares."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,16 @@ class Proposal:
     costs: dict[str, float]
     number: int  # how many were made before it
     notes: dict[str, Any]  # what the sampler wrote on its trial (NSGA-II: the generation)
+    origin: str = ""  # as of Candidate
+
+    @property
+    def share(self) -> float:
+        """On how much of the data it is to be evaluated, in (0, 1]."""
+        return float(self.notes.get(SHARE, 1.0))
+
+    def candidate(self, values: dict[str, float]) -> Candidate:
+        """What it becomes with these values."""
+        return Candidate(self.architecture, values, self.origin, self.notes.get(PREDICTED, {}))
 
 
 class Record:
@@ -43,9 +58,14 @@ class Record:
     Attributes:
         candidates: in the order of the study.
         failed: likewise.
-        trials: all of both, as samplers see them.
-        keys: of their architectures.
-        others: keys of architectures that other workers are evaluating, and the numbers of their proposals.
+        trials: all of both, and evaluations on a share of the data, as samplers see them.
+        keys: of architectures that are candidates or failed.
+        shares: on how much of the data an architecture was partly evaluated at most, by key.
+        spent: how many whole evaluations' worth all of that was.
+        has_learnt: whether some candidate was chosen by the strategy, and not drawn at random.
+        repeats: later measurements of candidates, by key.
+        others: keys of architectures that other workers are evaluating, with the numbers of their proposals
+            and the shares.
     """
 
     def __init__(self, problem: Problem, store: Store | None) -> None:
@@ -54,7 +74,11 @@ class Record:
         self.failed: list[Failure] = []
         self.trials: list[FrozenTrial] = []
         self.keys: set[str] = set()
-        self.others: dict[str, int] = {}
+        self.shares: dict[str, float] = {}
+        self.spent = 0.0
+        self.has_learnt = False
+        self.repeats: dict[str, list[dict[str, float]]] = {}
+        self.others: dict[str, tuple[int, float]] = {}
         self._highest = -1  # number of a proposal
         self._read = 0  # trials of the store that were looked at
 
@@ -95,6 +119,7 @@ class Record:
             )
         record = cls(problem, store)
         record.refresh()
+        record.read_repeats()
         return record
 
     def __len__(self) -> int:
@@ -108,11 +133,19 @@ class Record:
     @property
     def next_proposal(self) -> int:
         """One more than any number of a proposal that is known."""
-        return max(self._highest, *self.others.values(), -1) + 1
+        return max(self._highest, *(number for number, _ in self.others.values()), -1) + 1
 
-    def is_taken(self, key: str) -> bool:
-        """Whether an architecture was evaluated, or is being evaluated by another worker."""
-        return key in self.keys or key in self.others
+    def knows(self, key: str, share: float = 1.0) -> bool:
+        """Whether an architecture was evaluated on so much of the data, or failed."""
+        return key in self.keys or 0 < share <= self.shares.get(key, 0.0)
+
+    def is_taken(self, key: str, share: float = 1.0) -> bool:
+        """Whether it is known, or being evaluated by another worker."""
+        return self.knows(key, share) or key in self.others
+
+    def has_room(self, budget: int, share: float = 1.0) -> bool:
+        """Whether the budget has so much left that nobody is spending."""
+        return budget - self.spent - sum(part for _, part in self.others.values()) >= share - ROUNDING
 
     def refresh(self) -> None:
         """Read what was added to the store since the last time."""
@@ -120,7 +153,7 @@ class Record:
             return
         trials = self.store.trials()
         for trial in trials[self._read :]:
-            if trial.state in (TrialState.COMPLETE, TrialState.FAIL):
+            if trial.state in (TrialState.COMPLETE, TrialState.FAIL, TrialState.PRUNED):
                 self._restore(trial)
         self._read = len(trials)
 
@@ -133,11 +166,11 @@ class Record:
 
         def write() -> None:
             self.refresh()  # an attempt that seemed to fail may have been written
-            if proposal.architecture.key not in self.keys:
+            if not self.knows(proposal.architecture.key, proposal.share):
                 study.add_trial(trial)
 
         self.refresh()
-        if proposal.architecture.key in self.keys:
+        if self.knows(proposal.architecture.key, proposal.share):
             return False
         self.store.again(write)
         self.refresh()
@@ -145,11 +178,16 @@ class Record:
 
     def keep(self, proposal: Proposal, values: dict[str, float], failure: str | None = None) -> None:
         """Hold a finished evaluation here alone, if it is unknown."""
-        if proposal.architecture.key not in self.keys:
+        if not self.knows(proposal.architecture.key, proposal.share):
             self._keep(self._finished(proposal, values, failure), proposal.architecture, values, failure)
 
     def _finished(self, proposal: Proposal, values: dict[str, float], failure: str | None) -> FrozenTrial:
-        notes = {"proposal": proposal.number, "sampler": proposal.notes, "measured": values}
+        notes = {
+            "proposal": proposal.number,
+            "origin": proposal.origin,
+            "sampler": proposal.notes,
+            "measured": values,
+        }
         return self._trial(proposal.architecture, values, notes, failure)
 
     def _restore(self, stored: FrozenTrial) -> None:
@@ -157,7 +195,8 @@ class Record:
         if "proposal" not in notes:  # of a process that uses Optuna directly
             return
         architecture = self.problem.space.canonical(stored.params)
-        if architecture.key in self.keys:  # of a worker that was taken for dead
+        share = notes["sampler"].get(SHARE, 1.0)
+        if self.knows(architecture.key, share):  # of a worker that was taken for dead
             return
         values = {**notes["measured"]}
         if any(limit.name not in values for limit in self.problem.analytic):
@@ -177,15 +216,18 @@ class Record:
     ) -> FrozenTrial:
         distributions = self.problem.distributions
         limits = self.problem.limits
+        whole = TrialState.PRUNED if notes["sampler"].get(SHARE, 1.0) < 1 else TrialState.COMPLETE
+        state = whole if failure is None else TrialState.FAIL
+        is_candidate = state is TrialState.COMPLETE
         return optuna.trial.create_trial(
-            state=TrialState.COMPLETE if failure is None else TrialState.FAIL,
-            values=[values[o.name] for o in self.problem.objectives] if failure is None else None,
+            state=state,
+            values=[values[o.name] for o in self.problem.objectives] if is_candidate else None,
             params=dict(architecture),
             distributions=dict(distributions),
             user_attrs=notes if failure is None else {**notes, "failure": failure},
             system_attrs=dict(notes["sampler"]),
             constraints={str(limit): _violation(limit, values[limit.name]) for limit in limits}
-            if failure is None and limits
+            if is_candidate and limits
             else None,
         )
 
@@ -193,12 +235,48 @@ class Record:
         self, trial: FrozenTrial, architecture: Architecture, values: dict[str, float], failure: str | None
     ) -> None:
         self.trials.append(trial)
-        self.keys.add(architecture.key)
         self._highest = max(self._highest, trial.user_attrs["proposal"])
+        share = trial.system_attrs.get(SHARE, 1.0)
+        self.spent += share
+        if trial.state is TrialState.PRUNED:
+            self.shares[architecture.key] = max(share, self.shares.get(architecture.key, 0.0))
+            return
+        self.keys.add(architecture.key)
+        origin = trial.user_attrs.get("origin", "")
+        self.has_learnt |= origin == "strategy"
         if failure is None:
-            self.candidates.append(Candidate(architecture, values))
+            predicted = trial.user_attrs["sampler"].get(PREDICTED, {})
+            self.candidates.append(Candidate(architecture, values, origin, predicted))
         else:
             self.failed.append(Failure(architecture, failure))
+
+    def repeat(self, architecture: Architecture, values: dict[str, float]) -> None:
+        """Write down a later measurement of a candidate."""
+        known = self.repeats.setdefault(architecture.key, [])
+        if self.store is not None:
+            row = {"architecture": dict(architecture), "measured": values}
+            digest = hashlib.sha256(architecture.key.encode()).hexdigest()[:16]  # a key may be too long
+            self.store.set(f"{_REPEAT}{len(known):04d}:{digest}", row)
+        known.append(values)
+
+    def read_repeats(self) -> None:
+        """Read all later measurements, others' included."""
+        if self.store is None:
+            return
+        self.repeats, attributes = {}, self.store.attributes()
+        for name in sorted(name for name in attributes if name.startswith(_REPEAT)):
+            key = self.problem.space.canonical(attributes[name]["architecture"]).key
+            self.repeats.setdefault(key, []).append({**attributes[name]["measured"]})
+
+    def with_repeats(self) -> tuple[Candidate, ...]:
+        """The candidates, with their later measurements where there are any."""
+        if not self.repeats:
+            return tuple(self.candidates)
+        usable = {
+            key: tuple(values for values in rows if self.problem.fault(values) is None)
+            for key, rows in self.repeats.items()
+        }
+        return tuple(replace(c, repeats=usable.get(c.architecture.key, ())) for c in self.candidates)
 
 
 def _differences(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -20,7 +20,9 @@ SETTINGS = "lightning_nas:search"
 """The attribute of a study that holds the settings of its search."""
 
 
-def settings_of(problem: Problem, strategy: Strategy, budget: int, seed: int) -> dict[str, Any]:
+def settings_of(
+    problem: Problem, strategy: Strategy, budget: int, seed: int, remeasure: int
+) -> dict[str, Any]:
     """The settings of a search as plain values; a strategy that is none is written down as its ``repr``."""
     return {
         "objectives": [[o.direction, o.name, o.unit] for o in problem.objectives],
@@ -29,6 +31,7 @@ def settings_of(problem: Problem, strategy: Strategy, budget: int, seed: int) ->
         "strategy": _described(strategy),
         "budget": budget,
         "seed": seed,
+        "remeasure": remeasure,
     }
 
 

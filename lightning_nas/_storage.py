@@ -26,7 +26,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["Store", "found", "made", "quiet_optuna"]
+__all__ = ["Store", "file_of", "found", "made", "quiet_optuna"]
 
 T = TypeVar("T")
 Directions = Sequence[Literal["minimize", "maximize"]]
@@ -166,8 +166,7 @@ def _backend(
         return storage, type(storage).__name__
     if isinstance(storage, str) and "://" in storage:
         return storage, _without_password(storage)
-    file_name = re.sub(r"[^\w.-]+", "-", name)
-    path = Path("nas_studies") / f"{file_name}.log" if storage is None else Path(storage)
+    path = file_of(name) if storage is None else Path(storage)
     if not is_new and not path.exists():
         raise NoMatchError(f"join: there is no file {str(path)!r}, so no study {name!r} in it.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,6 +177,12 @@ def _backend(
         )
     path.touch()
     return JournalStorage(JournalFileBackend(str(path), lock_obj=_Lock(path))), str(path)
+
+
+def file_of(name: str) -> Path:
+    """The journal file of a study where no storage is given."""
+    file_name = re.sub(r"[^\w.-]+", "-", name)
+    return Path("nas_studies") / f"{file_name}.log"
 
 
 def _without_password(url: str) -> str:

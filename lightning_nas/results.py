@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,17 +19,43 @@ from lightning_nas.space import Architecture, SearchSpace
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from lightning_nas.honesty import Noise
 
 __all__ = ["Candidate", "Failure", "SearchResult", "hypervolume", "keeps", "losses", "non_dominated"]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An architecture with its values: the costs known beforehand and what was measured."""
+    """An architecture with its values: the costs known beforehand and what was measured.
+
+    Args:
+        architecture: what was evaluated.
+        values: by name, as measured first.
+        origin: ``"start"`` if the strategy drew it at random before it had learnt anything, ``"strategy"`` if
+            it chose it, ``"initial"`` if the user did, ``"space"`` if the strategy only repeated itself.
+        predicted: what the strategy expected of values before they were measured.
+        repeats: all values, once for each time that it was measured again.
+    """
 
     architecture: Architecture
     values: dict[str, float]
+    origin: str = field(default="", compare=False, repr=False)
+    predicted: dict[str, float] = field(default_factory=dict, compare=False, repr=False)
+    repeats: tuple[dict[str, float], ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def repeated(self) -> list[Candidate]:
+        """A candidate for each later measurement, with its values."""
+        return [Candidate(self.architecture, values) for values in self.repeats]
+
+    @property
+    def mean_of_repeats(self) -> Candidate:
+        """A candidate with the mean of all later measurements."""
+        later = self.repeats
+        return Candidate(self.architecture, {n: sum(v[n] for v in later) / len(later) for n in later[0]})
 
 
 @dataclass(frozen=True)
@@ -53,6 +79,7 @@ class SearchResult:
         duplicates: how many proposals were answered from the study, in this run.
         rejected: how many proposals broke a constraint before evaluation, in this run.
         reference: the candidate that plots star; by default the largest architecture, if it was evaluated.
+        baseline: random search with the same budget, if it was asked for.
     """
 
     space: SearchSpace
@@ -63,6 +90,7 @@ class SearchResult:
     duplicates: int = 0
     rejected: int = 0
     reference: Candidate | None = None
+    baseline: SearchResult | None = None
 
     @cached_property
     def front(self) -> tuple[Candidate, ...]:
@@ -80,6 +108,42 @@ class SearchResult:
     def feasible(self) -> tuple[Candidate, ...]:
         """The candidates that keep every constraint of the search."""
         return tuple(c for c in self.candidates if keeps(self.limits, c))
+
+    @property
+    def random_start(self) -> tuple[Candidate, ...]:
+        """The candidates that the strategy drew at random before it had learnt anything."""
+        return tuple(c for c in self.candidates if c.origin == "start")
+
+    @property
+    def doubtful(self) -> tuple[Candidate, ...]:
+        """The front's members that another one dominates when both are measured again.
+
+        They stay on the front, which is made of first measurements: of every candidate there is one.
+        """
+        from lightning_nas import honesty  # which imports this
+
+        return honesty.doubtful(self)
+
+    def noise(self) -> dict[str, Noise]:
+        """The noise of each objective and the winner's curse, from the front measured again, by name."""
+        from lightning_nas import honesty  # which imports this
+
+        return honesty.noises(self)
+
+    def predictor_quality(self) -> pd.DataFrame:
+        """How well the strategy predicted values before they were measured: a row for each.
+
+        Columns ``n``, ``kendall``, ``spearman`` and ``mae``; no row for a strategy that predicts nothing.
+        """
+        from lightning_nas import honesty  # which imports this
+
+        return honesty.predictor_quality(self.candidates)
+
+    def summary(self) -> str:
+        """A few lines: what was found, its random start, random search, predictions, noise."""
+        from lightning_nas import honesty  # which imports this
+
+        return honesty.summary(self)
 
     def best(self, metric: str | Objective, where: Mapping[Any, Bound] | None = None) -> Candidate:
         """The best candidate in one quantity, among those that keep bounds on others.
@@ -165,7 +229,9 @@ class SearchResult:
     def plot(self, path: str | Path | None = None) -> Figure:
         """Draw all candidates, the front and the reference, one panel for each objective beside the cost.
 
-        With one objective: its values in the order of evaluation.
+        Where there are, also the front of the random start, that of random search, and bars of one standard
+        deviation of a measurement at the front. With one objective: its values in the order of evaluation,
+        and lines at the best of the random start and of random search.
 
         Args:
             path: a file to write, of a kind that matplotlib knows (``"front.png"``).
@@ -178,20 +244,7 @@ class SearchResult:
         for axes, objective in zip(
             figure.subplots(1, max(len(up), 1), squeeze=False)[0], up or [across], strict=True
         ):
-
-            def points(
-                candidates: Iterable[Candidate], objective: Objective = objective
-            ) -> tuple[list[float], list[float]]:
-                shown = list(candidates)
-                order = {id(c): i + 1 for i, c in enumerate(self.candidates)}
-                x = [c.values[across.name] if up else float(order.get(id(c), 0)) for c in shown]
-                return x, [c.values[objective.name] for c in shown]
-
-            axes.plot(*points(self.candidates), "o", color="0.75", markersize=4, label="candidates")
-            style = "o-" if len(up) == 1 else "o"
-            axes.plot(*points(self.front), style, color="C0", markersize=5, label="front")
-            if self.reference is not None:
-                axes.plot(*points([self.reference]), "*", color="C3", markersize=14, label="reference")
+            self._draw(axes, objective)
             axes.set_xlabel(across.label if up else "evaluation")
             axes.set_ylabel(objective.label)
             axes.grid(alpha=0.3)
@@ -200,12 +253,48 @@ class SearchResult:
             figure.savefig(path, dpi=150)
         return figure
 
+    def _draw(self, axes: Axes, objective: Objective) -> None:
+        across, several = self._axis, len(self.objectives) > 1
+        order = {id(c): i + 1 for i, c in enumerate(self.candidates)}
+
+        def points(shown: Sequence[Candidate]) -> tuple[list[float], list[float]]:
+            x = [c.values[across.name] if several else float(order.get(id(c), 0)) for c in shown]
+            return x, [c.values[objective.name] for c in shown]
+
+        axes.plot(*points(self.candidates), "o", color="0.75", markersize=4, label="candidates")
+        beside: list[tuple[str, str, tuple[Candidate, ...]]] = []
+        if 0 < len(self.random_start) < len(self.candidates):
+            beside.append(("random start", ":", replace(self, candidates=self.random_start).front))
+        if self.baseline is not None:
+            beside.append(("random search", "--", self.baseline.front))
+        joined = len(self.objectives) == 2
+        for label, style, front in beside:
+            if several:
+                axes.plot(*points(front), style if joined else "x", color="0.4", linewidth=1, label=label)
+            elif front:
+                best = front[0].values[objective.name]
+                axes.axhline(best, linestyle=style, color="0.4", linewidth=1, label=label)
+        axes.plot(*points(self.front), "o-" if joined else "o", color="C0", markersize=5, label="front")
+        noise = self.noise()
+        if any(noise[o.name].deviation > 0 for o in (objective, across) if noise):
+            across_too = noise[across.name].deviation if several else None
+            x, y = points(self.front)
+            axes.errorbar(
+                x, y, noise[objective.name].deviation, across_too, fmt="none", ecolor="C0", label="noise"
+            )
+        if self.reference is not None:
+            axes.plot(*points([self.reference]), "*", color="C3", markersize=14, label="reference")
+
     def save(self, folder: str | Path) -> Path:
-        """Write ``candidates.csv``, ``result.json`` and ``front.png`` into a folder, made if need be."""
+        """Write ``candidates.csv``, ``result.json``, ``summary.txt`` and ``front.png`` into a folder.
+
+        It is made if need be.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.to_dataframe().to_csv(folder / "candidates.csv", index=False)
         (folder / "result.json").write_text(json.dumps(self._to_dict(), indent=2) + "\n", encoding="utf-8")
+        (folder / "summary.txt").write_text(self.summary() + "\n", encoding="utf-8")
         self.plot(folder / "front.png")
         return folder
 
@@ -220,13 +309,17 @@ class SearchResult:
             "candidates": [
                 {
                     "architecture": dict(c.architecture),
-                    "values": {name: v if math.isfinite(v) else None for name, v in c.values.items()},
+                    "values": _plain(c.values),
                     "front": id(c) in front,
+                    "origin": c.origin,
+                    "predicted": _plain(c.predicted),
+                    "repeats": [_plain(values) for values in c.repeats],
                 }
                 for c in self.candidates
             ],
             "failed": [{"architecture": dict(f.architecture), "reason": f.reason} for f in self.failed],
             "space": json.loads(self.space.to_json()),
+            **({} if self.baseline is None else {"baseline": self.baseline._to_dict()}),
         }
 
     @property
@@ -289,6 +382,11 @@ def hypervolume(losses: NDArray[np.float64], reference: NDArray[np.float64]) -> 
     from pymoo.indicators.hv import HV
 
     return float(HV(ref_point=reference)(inside))
+
+
+def _plain(values: Mapping[str, float]) -> dict[str, float | None]:
+    """As JSON may have it."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _loss(objective: Objective, candidate: Candidate) -> float:

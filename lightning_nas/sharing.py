@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from lightning_nas._processes import Process, has_ended, this_process
-from lightning_nas._record import Proposal, Record
+from lightning_nas._record import ROUNDING, Proposal, Record
 from lightning_nas._storage import Store
 from lightning_nas.errors import StorageError
 
@@ -109,8 +109,8 @@ class Claims:
                 self._held = None
                 store.study.set_user_attr(self._name, None)
 
-    def look(self) -> int:
-        """Read what others did and do; the number of finished evaluations."""
+    def look(self) -> float:
+        """Read what others did and do; how many whole evaluations' worth is finished."""
         record = self.record
         if record.store is not None:
             # Claims before trials: what is finished in between is seen as both, never as neither.
@@ -120,20 +120,25 @@ class Claims:
             for name in dead:
                 record.store.set(name, None)
             record.refresh()
-            claims = {claim["key"]: claim["proposal"] for claim in self._alive}
-            record.others = {key: number for key, number in claims.items() if key not in record.keys}
-        return len(record)
+            claims = {claim["key"]: (claim["proposal"], claim["share"]) for claim in self._alive}
+            record.others = {k: claim for k, claim in claims.items() if not record.knows(k, claim[1])}
+        return record.spent
 
     def take(self, proposal: Proposal, budget: int) -> bool:
         """Claim a proposal. If another has it or the budget's last place, False, after a random moment."""
-        record, key = self.record, proposal.architecture.key
+        return self.take_key(proposal.architecture.key, proposal.number, proposal.share, budget)
+
+    def take_key(self, key: str, number: int, share: float, budget: int) -> bool:
+        """As :meth:`take`, of what has this key and costs this share of an evaluation."""
+        record = self.record
         if record.store is None:
             return True
         self._write(
             record.store,
             {
                 "key": key,
-                "proposal": proposal.number,
+                "proposal": number,
+                "share": share,
                 "beat": 0,
                 "grace": self.sharing.grace,
                 "process": this_process(),
@@ -143,7 +148,7 @@ class Claims:
             self._thread = threading.Thread(target=self._beat, name="lightning_nas beat", daemon=True)
             self._thread.start()
         self.look()
-        if not record.is_taken(key) and len(record) + len(record.others) < budget:
+        if not record.is_taken(key, share) and record.has_room(budget, share):
             self._refused = 0
             return True
         self._write(record.store, None)
@@ -161,8 +166,9 @@ class Claims:
         try:
             self.look()
             is_ours = not self._is_lost or key in record.others or self.take(proposal, budget)
-            # A process that was killed may have had its last trial on the way: len(record) can have grown.
-            is_counted = is_ours and len(record) < budget and record.add(proposal, values, failure)
+            # A process that was killed may have had its last trial on the way: more can be spent.
+            has_room = budget - record.spent >= proposal.share - ROUNDING
+            is_counted = is_ours and has_room and record.add(proposal, values, failure)
         except StorageError:
             record.keep(proposal, values, failure)
             raise
@@ -179,7 +185,7 @@ class Claims:
 
     def wait(self) -> None:
         """Wait until the others have finished or left something."""
-        before, pause = (len(self.record), self.record.others), 0.05
+        before, pause = (self.record.spent, self.record.others), 0.05
         while (self.look(), self.record.others) == before:
             time.sleep(_random.uniform(pause / 2, pause))
             pause = min(2 * pause, 1.0, self.sharing.beat)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeAlias
@@ -15,9 +19,9 @@ from optuna.storages import BaseStorage
 from tqdm.auto import tqdm
 
 from lightning_nas._proposals import Proposals
-from lightning_nas._record import Record
+from lightning_nas._record import ROUNDING, Record
 from lightning_nas._settings import SETTINGS, problem_of, settings_of, strategy_of
-from lightning_nas._storage import Store, found
+from lightning_nas._storage import Store, file_of, found
 from lightning_nas.errors import NoMatchError, StorageError, StudyMismatchError
 from lightning_nas.objectives import Bound, Cost, Objective, Scalarization
 from lightning_nas.problem import Problem
@@ -28,7 +32,8 @@ from lightning_nas.strategies import Strategy, strategies
 
 __all__ = ["Evaluate", "OnCandidate", "join", "resolved", "say_where", "search"]
 
-Evaluate: TypeAlias = Callable[[Architecture], Mapping[str, float]]
+Evaluate: TypeAlias = Callable[..., Mapping[str, float]]
+"""``evaluate(architecture)``, or ``evaluate(architecture, share=...)`` where a strategy asks for a part."""
 OnCandidate: TypeAlias = Callable[[Candidate, SearchResult], None]
 
 _SHARING = Sharing()
@@ -46,6 +51,8 @@ def search(
     seed: int = 0,
     constraints: Mapping[Any, Bound] | None = None,
     initial: Iterable[Mapping[str, Value]] = (),
+    baseline: bool = False,
+    remeasure: int = 1,
     on_candidate: OnCandidate | None = None,
     progress: bool = True,
     sharing: Sharing = _SHARING,
@@ -67,12 +74,14 @@ def search(
 
     Args:
         space: the architectures to choose from.
-        evaluate: measures one architecture: ``evaluate(arch) -> {"accuracy": 0.9, ...}``.
+        evaluate: measures one architecture: ``evaluate(arch) -> {"accuracy": 0.9, ...}``. A strategy that
+            wants less than the whole (``"successive-halving"``) calls ``evaluate(arch, share=1/9)``.
         objectives: at least one of ``Maximize(...)`` and ``Minimize(...)``; each names a value that
             ``evaluate`` returns, or is a cost, or a scalarization of both (``MnasNetReward``).
         strategy: a registered name (``"linas"``, ``"nsga2"``; all are in ``nas.strategies.strategies``) or an
             instance (``NSGA2(population=20)``).
-        budget: evaluations of the whole study, failed ones and those of earlier calls included.
+        budget: evaluations of the whole study, failed ones and those of earlier calls included; one on a
+            share of the data counts as that share.
         storage: an Optuna storage or its URL (``"sqlite:///search.db"``), the path of a journal file,
             ``"memory"`` for none; None: the journal file ``nas_studies/<name>.log``.
         name: of the study within the storage.
@@ -84,6 +93,12 @@ def search(
             nothing turns up, the search ends. A candidate that breaks one on a measured value is kept, ranks
             behind all others for the strategy, and is never on the front.
         initial: architectures to evaluate first.
+        baseline: also search at random, as ``result.baseline``: a second study ``<name>-random`` in the same
+            storage, with the same budget, initial architectures and constraints and a seed of its own. It
+            evaluates all its candidates itself, those that this search knows too.
+        remeasure: how many times the front's members are evaluated again at the end, outside the budget, for
+            the noise that the result states; 0 for none. Once two of them have come out the same to the last
+            bit, evaluation is taken as deterministic, and only costs that are measured go on.
         on_candidate: called with each candidate finished in this call, and the result so far.
         progress: show a bar: evaluations, candidates a minute, time left, hypervolume, duplicates and
             rejected. Its hypervolume never falls: a cost's reference is the worse of the smallest and largest
@@ -91,7 +106,7 @@ def search(
         sharing: how long other workers and a failing storage are waited for.
 
     Returns:
-        All candidates, their front, tables and plots.
+        All candidates, their front, tables and plots, and what they are worth.
 
     Raises:
         ValueError: for arguments that cannot work; a budget below what the study has spent; a value missing
@@ -121,20 +136,42 @@ def search(
         raise ValueError(f"search: budget is a number of evaluations and must be at least 1, got {budget!r}.")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ValueError(f"search: seed must be a whole number from 0 up, got {seed!r}.")
+    if isinstance(remeasure, bool) or not isinstance(remeasure, int) or remeasure < 0:
+        raise ValueError(f"search: remeasure is a number of times, 0 for none, got {remeasure!r}.")
+    _check_share(strategy, evaluate)
     first = [space.canonical(architecture) for architecture in initial]
 
     record = Record.opened(problem, storage, name, sharing.patience)
-    if budget < len(record):
+    spent = math.ceil(record.spent - ROUNDING)
+    if budget < spent:
         raise ValueError(
-            f"search: budget is {budget}, but the study {name!r} in {record.where} has spent {len(record)} "
-            f"evaluations already. Give a budget of at least {len(record)}, or another name or storage."
+            f"search: budget is {budget}, but the study {name!r} in {record.where} has spent {spent} "
+            f"evaluations already. Give a budget of at least {spent}, or another name or storage."
         )
     if record.store is not None:
-        settings = settings_of(problem, strategy, budget, seed)
+        settings = settings_of(problem, strategy, budget, seed, remeasure)
         if record.store.attributes().get(SETTINGS) != settings:
             record.store.set(SETTINGS, settings)
     proposals = Proposals(problem, strategy, budget, seed, record, first)
-    return _searched(evaluate, proposals, name, on_candidate, progress, sharing)
+    result = _searched(evaluate, proposals, name, remeasure, on_candidate, progress, sharing)
+    if not baseline:
+        return result
+    random = search(
+        space,
+        evaluate,
+        problem.objectives,
+        strategy="random",
+        budget=budget,
+        storage=file_of(name) if storage is None else storage,
+        name=f"{name}-random",
+        seed=int(np.random.SeedSequence(seed).spawn(1)[0].generate_state(1)[0]),
+        constraints=constraints,
+        initial=first,
+        remeasure=0,
+        progress=progress,
+        sharing=sharing,
+    )
+    return replace(result, baseline=random)
 
 
 def join(
@@ -151,7 +188,8 @@ def join(
 ) -> SearchResult:
     """Work on a search that another machine began: all that a further one calls.
 
-    Space, objectives, constraints, strategy, budget and seed are read from the study.
+    Space, objectives, constraints, strategy, budget and seed are read from the study. Random search beside it
+    is a study of its own, ``<name>-random``.
 
     Args:
         evaluate: measures one architecture, as that of the search.
@@ -194,15 +232,18 @@ def join(
     problem, settings = problem_of(attributes, costs, where), attributes[SETTINGS]
     own = strategy_of(settings, where) if strategy is None else resolved(strategy)
     record = Record.of(problem, store)
-    budget = max(settings["budget"], len(record))
+    _check_share(own, evaluate)
+    budget = max(settings["budget"], math.ceil(record.spent - ROUNDING))
     proposals = Proposals(problem, own, budget, settings["seed"], record, ())
-    return _searched(evaluate, proposals, name, on_candidate, progress, sharing)
+    remeasure = settings.get("remeasure", 0)
+    return _searched(evaluate, proposals, name, remeasure, on_candidate, progress, sharing)
 
 
 def _searched(
     evaluate: Evaluate,
     proposals: Proposals,
     name: str,
+    remeasure: int,
     on_candidate: OnCandidate | None,
     progress: bool,
     sharing: Sharing,
@@ -210,7 +251,7 @@ def _searched(
     problem, record, budget = proposals.problem, proposals.record, proposals.budget
 
     def result() -> SearchResult:
-        candidates = tuple(record.candidates)
+        candidates = record.with_repeats()
         return SearchResult(
             problem.space,
             problem.objectives,
@@ -224,30 +265,69 @@ def _searched(
 
     try:
         with Claims(record, sharing) as claims, _Progress(problem, record, budget, shown=progress) as bar:
-            while claims.look() < budget:
+            # Also a strategy that asks for shares of an evaluation stops where a whole one has no room.
+            while budget - claims.look() >= 1 - ROUNDING:
                 bar.update(proposals)
-                proposal = proposals.next() if len(record) + len(record.others) < budget else None
+                proposal = proposals.next() if record.has_room(budget) else None
                 if proposal is None and not record.others:
                     break
                 if proposal is None:
                     claims.wait()
                 elif claims.take(proposal, budget):
-                    try:
-                        measured = evaluate(proposal.architecture)
-                    except BaseException as error:
-                        say_where(error, f"search {name!r}", proposal.architecture, record)
-                        raise
+                    part = {} if proposal.share == 1 else {"share": proposal.share}
+                    with _saying_where(name, proposal.architecture, record):
+                        measured = evaluate(proposal.architecture, **part)
                     values = problem.values(measured, proposal.costs)
                     fault = problem.fault(values)
                     counts = claims.finish(proposal, values, fault, budget)
-                    if counts and fault is None and on_candidate is not None:
-                        on_candidate(Candidate(proposal.architecture, values), result())
+                    if counts and fault is None and not part and on_candidate is not None:
+                        on_candidate(proposal.candidate(values), result())
             bar.update(proposals)
+            _measure_again(evaluate, claims, result().front, remeasure, budget, name)
     except StorageError as error:
         if error.result is None:
             error.result = result()
         raise
     return result()
+
+
+_CONVINCED = 2  # candidates that come out the same to the last bit before evaluation counts as deterministic
+
+
+def _measure_again(
+    evaluate: Evaluate, claims: Claims, front: Sequence[Candidate], times: int, budget: int, name: str
+) -> None:
+    """Evaluate the front's members, together with other workers, until each was so many times."""
+    record, problem = claims.record, claims.record.problem
+    noisy = {cost: of for cost, of in problem.costs.items() if cost not in problem.counted}
+
+    def measured(values: Mapping[str, float]) -> dict[str, float]:
+        return {name: value for name, value in values.items() if name not in problem.computed}
+
+    def is_deterministic() -> bool:
+        first = {c.architecture.key: measured(c.values) for c in record.candidates}
+        again = [(first[key], measured(row)) for key, rows in record.repeats.items() for row in rows]
+        return len(again) >= _CONVINCED and all(one == other for one, other in again)
+
+    while times:
+        claims.look()
+        record.read_repeats()
+        settled = is_deterministic()
+        counts = [len(record.repeats.get(c.architecture.key, ())) for c in front]
+        wanted = [(n, i) for i, n in enumerate(counts) if n < times]
+        if not wanted or (settled and not noisy):
+            return
+        keys = {f"repeat {n}: {front[i].architecture.key}": front[i] for n, i in sorted(wanted)}
+        free = [key for key in keys if key not in record.others]
+        if not free:
+            claims.wait()
+        elif claims.take_key(free[0], record.next_proposal, 0.0, budget):
+            candidate = keys[free[0]]
+            with _saying_where(name, candidate.architecture, record):
+                values = measured(candidate.values) if settled else evaluate(candidate.architecture)
+            costs = {cost: candidate.values[cost] for cost in problem.counted}
+            costs |= problem.costs_of(candidate.architecture, noisy)
+            record.repeat(candidate.architecture, problem.values(values, costs))
 
 
 def _awaited(
@@ -296,7 +376,7 @@ class _Progress:
             )
         self.bar = tqdm(
             total=budget,
-            initial=self.start,
+            initial=int(record.spent),
             disable=not shown,
             desc="search",
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} "
@@ -314,7 +394,8 @@ class _Progress:
     def update(self, proposals: Proposals) -> None:
         if self.bar.disable:
             return
-        fresh = len(self.record) - self.bar.n
+        spent = round(self.record.spent, 1)
+        fresh = (int(spent) if spent.is_integer() else spent) - self.bar.n
         shown = {"per min": f"{60 * (len(self.record) - self.start) / (time.monotonic() - self.began):.1f}"}
         if len(self.record.candidates) >= self._SETTLED:
             shown["hypervolume"] = f"{self._hypervolume():.5g}"
@@ -354,6 +435,30 @@ def resolved(strategy: str | Strategy) -> Strategy:
             f"method sampler(...), as NSGA2(population=20), got {strategy!r}."
         )
     return strategy
+
+
+def _check_share(strategy: Strategy, evaluate: Evaluate) -> None:
+    """Refuse an evaluation that takes no share where the strategy asks for one."""
+    if not getattr(strategy, "partial", False):
+        return
+    try:
+        parameters = inspect.signature(evaluate).parameters
+    except ValueError:  # of some functions written in C
+        return
+    if "share" not in parameters and all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+        raise TypeError(
+            f"search: {strategy!r} has candidates evaluated on a share of the data; evaluate must take it: "
+            "def evaluate(architecture, share=1.0), with share in (0, 1]. Or take another strategy."
+        )
+
+
+@contextmanager
+def _saying_where(name: str, architecture: Architecture, record: Record) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        say_where(error, f"search {name!r}", architecture, record)
+        raise
 
 
 def say_where(error: BaseException, where: str, architecture: Architecture, record: Record) -> None:

@@ -251,7 +251,8 @@ def test_saved_folder_holds_the_table_the_result_and_the_picture(tmp_path):
         limits=(Limit("macs", "<=", 600),),
     )
     folder = result.save(tmp_path / "new" / "folder")
-    assert sorted(p.name for p in folder.iterdir()) == ["candidates.csv", "front.png", "result.json"]
+    names = ["candidates.csv", "front.png", "result.json", "summary.txt"]
+    assert sorted(p.name for p in folder.iterdir()) == names
     with (folder / "candidates.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(r["macs"]) for r in rows] == [300, 900, 500, 500, 500, 200, 100]

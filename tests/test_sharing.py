@@ -32,7 +32,14 @@ class Evaluation:
 
 def run(evaluate, storage, space=SPACE, **settings):
     objectives = [nas.Maximize("score"), nas.Minimize("size")]
-    settings = {"budget": 12, "strategy": "nsga2", "progress": False, "sharing": QUICK, **settings}
+    settings = {
+        "budget": 12,
+        "strategy": "nsga2",
+        "remeasure": 0,
+        "progress": False,
+        "sharing": QUICK,
+        **settings,
+    }
     return nas.search(space, evaluate, objectives, storage=storage, **settings)
 
 

@@ -65,7 +65,7 @@ class Evaluation:
 
 
 def run(evaluate=None, space=SPACE, objectives=OBJECTIVES, **settings):
-    settings = {"storage": "memory", "budget": 30, "progress": False, **settings}
+    settings = {"storage": "memory", "budget": 30, "remeasure": 0, "progress": False, **settings}
     return search(space, evaluate or Evaluation(), objectives, **settings)
 
 

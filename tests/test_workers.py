@@ -89,7 +89,7 @@ def work(address, folder, budget, pause, barrier=None, strategy="nsga2"):
         barrier.wait(60)
     result = nas.search(
         SPACE, evaluate, [nas.Maximize("score")], strategy=strategy, budget=budget, storage=storage,
-        sharing=SHARING, progress=False,
+        sharing=SHARING, remeasure=0, progress=False,
     )  # fmt: skip
     log.write("return", len(result.candidates))
 

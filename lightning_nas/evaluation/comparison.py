@@ -241,7 +241,8 @@ def compare(
                 counted = answers.begin(bar)
                 result = search(
                     space, answers, problem.objectives, strategy=strategy, budget=budget, storage="memory",
-                    name=f"{label}, seed {seed}", seed=seed, constraints=constraints, progress=False,
+                    name=f"{label}, seed {seed}", seed=seed, constraints=constraints, remeasure=0,
+                    progress=False,
                 )  # fmt: skip
                 bar.update(budget - len(counted))
                 results[label].append(result)
@@ -343,6 +344,12 @@ def _named(strategies: Sequence[str | Strategy] | Mapping[str, str | Strategy]) 
     if repeated := sorted({label for label in labels if labels.count(label) > 1}):
         raise ValueError(f"compare: each strategy once; given more than once: {', '.join(repeated)}.")
     named = {label: resolved(strategy) for label, strategy in pairs}
+    for label, strategy in named.items():
+        if getattr(strategy, "partial", False):
+            raise ValueError(
+                f"compare: {label!r} has candidates evaluated on shares of the data, and here whole "
+                "evaluations are counted. Compare by nas.search(...).hypervolume(reference)."
+            )
     if named.setdefault("random", Random()) != Random():
         raise ValueError(
             f"compare: 'random' is the label of random search, but it was given {named['random']!r}. "

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["evolve", "ranked", "spread", "unlike"]
+__all__ = ["Losses", "Rows", "evolve", "ranked", "spread", "unlike"]
 
 Rows = NDArray[np.int64]
 Losses = NDArray[np.float64]

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 import weakref
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 from optuna.trial import TrialState
 
 from lightning_nas.objectives import Maximize
 from lightning_nas.predictors import Predictor, predictors
 from lightning_nas.space import Architecture
-from lightning_nas.strategies._strategy import ProposingSampler, seeds
+from lightning_nas.strategies._evolve import Losses, Rows
+from lightning_nas.strategies._strategy import PREDICTED, DrawingSampler, note, seeds
 
 if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
     from optuna.study import Study
     from optuna.trial import FrozenTrial
 
     from lightning_nas.problem import Problem
-    from lightning_nas.space import Value
 
 __all__ = ["Forecast", "PlannedSampler", "population_for"]
 
-_PLANS: weakref.WeakKeyDictionary[Study, tuple[int, list[Architecture]]] = weakref.WeakKeyDictionary()
-"""By study: how many measurements the present population was planned from, and what it is."""
+_Plan: TypeAlias = list[tuple[Architecture, dict[str, float]]]
+
+_PLANS: weakref.WeakKeyDictionary[Study, tuple[int, _Plan]] = weakref.WeakKeyDictionary()
+"""By study: how many measurements the present population was planned from, its members and predictions."""
 
 
 def population_for(budget: int) -> int:
@@ -34,7 +36,7 @@ def population_for(budget: int) -> int:
     return min(50, max(5, budget // 5))
 
 
-class PlannedSampler(ProposingSampler):
+class PlannedSampler(DrawingSampler):
     """Makes one proposal: the next member of a population that depends on the measurements before it alone.
 
     The first population is drawn at random. Whatever a plan lacks is drawn too.
@@ -44,17 +46,25 @@ class PlannedSampler(ProposingSampler):
         population: measurements between two plans.
         seed: of the whole search.
         proposal: how many proposals were made before.
+        predictor: name of the kind that learns each measured value.
     """
 
-    def __init__(self, problem: Problem, population: int, seed: int, proposal: int) -> None:
-        super().__init__(problem.space, seeds(seed, proposal, 1)[0], self._next)
-        self.problem, self.population, self.seed = problem, population, seed
+    def __init__(self, problem: Problem, population: int, seed: int, proposal: int, predictor: str) -> None:
+        super().__init__(problem.space, seeds(seed, proposal, 1)[0])
+        self.problem, self.population, self.seed, self.predictor = problem, population, seed, predictor
 
     @abstractmethod
-    def plan(self, done: Sequence[FrozenTrial], rng: np.random.Generator) -> list[Architecture]:
-        """The next population, from the complete trials before it."""
+    def plan(self, forecast: Forecast, rng: np.random.Generator) -> Rows:
+        """The next population, from what is known and expected after the measurements before it.
 
-    def _next(self, study: Study) -> Mapping[str, Value]:
+        Returns:
+            ``(members, choices)``, positions of options.
+        """
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """The next member that was not asked for yet; nothing where there is none."""
         trials = study.get_trials(deepcopy=False)
         done = [trial for trial in trials if trial.state is TrialState.COMPLETE]
         count = len(done) // self.population * self.population
@@ -63,11 +73,16 @@ class PlannedSampler(ProposingSampler):
         planned, members = _PLANS.get(study, (0, []))
         if planned != count:
             words = np.random.SeedSequence((self.seed, count, 1))
-            members = self.plan(done[:count], np.random.default_rng(words))
+            forecast = Forecast(self.problem, self.predictor, done[:count])
+            rows = self.plan(forecast, np.random.default_rng(words))
+            members = list(zip(self.problem.space.at(rows), forecast.predictions(rows), strict=True))
             _PLANS[study] = (count, members)
         space, since = self.problem.space, trials[done[count - 1].number + 1 :]
         asked = {space.canonical(trial.params).key for trial in since if trial.params}
-        return next((member for member in members if member.key not in asked), {})
+        member, predicted = next(((m, p) for m, p in members if m.key not in asked), ({}, None))
+        if predicted:
+            note(study, trial, PREDICTED, predicted)
+        return dict(member)
 
 
 class Forecast:
@@ -99,7 +114,7 @@ class Forecast:
             if name not in problem.counted
         }
 
-    def losses(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+    def losses(self, rows: Rows) -> Losses:
         """Objectives with the sign that makes smaller better, ``(n, objectives)``.
 
         Rows that break a constraint are worse than all others, the more so the further they do.
@@ -127,7 +142,19 @@ class Forecast:
             values = np.where(excess[:, None] > 0, self._worst * (1 + excess[:, None]), values)
         return values
 
-    def wanted(self, rows: NDArray[np.int64]) -> list[int]:
+    def predictions(self, rows: Rows) -> list[dict[str, float]]:
+        """What is expected of the values that are not counted, for each row.
+
+        Args:
+            rows: ``(n, choices)``, canonical positions.
+        """
+        if not len(rows):
+            return []
+        features = self.problem.space.encode_positions(rows)
+        means = {name: self.signs[name] * own.predict(features).mean for name, own in self.predictors.items()}
+        return [{name: float(mean[i]) for name, mean in means.items()} for i in range(len(rows))]
+
+    def wanted(self, rows: Rows) -> list[int]:
         """Of rows that losses were asked for, those not measured that should keep the constraints."""
         keys = [row.tobytes() for row in rows]
         return [i for i, k in enumerate(keys) if k not in self._known and self._excess.get(k, 0.0) <= 0]

@@ -19,13 +19,31 @@ if TYPE_CHECKING:
     from lightning_nas.problem import Problem
     from lightning_nas.space import SearchSpace, Value
 
-__all__ = ["ProposingSampler", "Strategy", "seeds", "strategies"]
+__all__ = [
+    "PREDICTED",
+    "SHARE",
+    "DrawingSampler",
+    "ProposingSampler",
+    "Strategy",
+    "note",
+    "seeds",
+    "strategies",
+]
+
+PREDICTED = "lightning_nas:predicted"
+"""What a sampler expects of a proposal: names to numbers."""
+SHARE = "lightning_nas:share"
+"""On how much of the data a sampler wants a proposal evaluated, in (0, 1)."""
 
 
 class Strategy(Protocol):
     """Chooses the candidates to evaluate; usually a frozen dataclass of plain settings.
 
     Register a class with ``@strategies.register("name")`` to have it found by name.
+
+    One that has an attribute ``partial = True`` may ask for a proposal to be evaluated on a share of the
+    data, by :func:`note` of its sampler on the trial: ``note(study, trial, SHARE, 1 / 9)``. What that gave is
+    a pruned trial in the studies of such strategies, and in no other's.
     """
 
     def sampler(self, problem: Problem, budget: int, seed: int, proposal: int) -> BaseSampler:
@@ -47,13 +65,41 @@ class Strategy(Protocol):
 strategies: Registry[type[Strategy]] = Registry("strategy")
 
 
+def note(study: Study, trial: FrozenTrial, name: str, value: Any) -> None:
+    """Write on a proposal what the search shall read: :data:`PREDICTED` or :data:`SHARE`."""
+    study._storage.set_trial_system_attr(trial._trial_id, name, value)  # as Optuna's own samplers do
+
+
 def seeds(seed: int, proposal: int, count: int) -> list[int]:
     """Independent seeds for the generators of one proposal."""
     return [int(word) for word in np.random.SeedSequence((seed, proposal)).generate_state(count)]
 
 
-class ProposingSampler(BaseSampler):
-    """Proposes what a function makes of the study; choices that it leaves out are drawn at random.
+class DrawingSampler(BaseSampler):
+    """Draws at random each choice that ``sample_relative`` leaves out.
+
+    Args:
+        space: that is searched.
+        seed: of the random draws.
+    """
+
+    def __init__(self, space: SearchSpace, seed: int) -> None:
+        self._space = space
+        self._draws = RandomSampler(seed=seed)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Every choice."""
+        return {choice.name: CategoricalDistribution(choice.values) for choice in self._space}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """A random value."""
+        return self._draws.sample_independent(study, trial, param_name, param_distribution)
+
+
+class ProposingSampler(DrawingSampler):
+    """Proposes what a function makes of the study.
 
     Args:
         space: that is searched.
@@ -64,21 +110,11 @@ class ProposingSampler(BaseSampler):
     def __init__(
         self, space: SearchSpace, seed: int, propose: Callable[[Study], Mapping[str, Value]]
     ) -> None:
-        self._space, self._propose = space, propose
-        self._draws = RandomSampler(seed=seed)
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Every choice."""
-        return {choice.name: CategoricalDistribution(choice.values) for choice in self._space}
+        super().__init__(space, seed)
+        self._propose = propose
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """What the function proposes."""
         return dict(self._propose(study))
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """A random value."""
-        return self._draws.sample_independent(study, trial, param_name, param_distribution)

@@ -12,15 +12,12 @@ from optuna.samplers import BaseSampler
 from typing_extensions import override
 
 from lightning_nas.predictors import GBDT as Trees
-from lightning_nas.strategies._evolve import spread
+from lightning_nas.strategies._evolve import Rows, spread
 from lightning_nas.strategies._planned import Forecast, PlannedSampler, population_for
 from lightning_nas.strategies._strategy import strategies
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
     from lightning_nas.problem import Problem
-    from lightning_nas.space import Architecture
 
 __all__ = ["GBDTNAS", "pruned_options"]
 
@@ -98,14 +95,13 @@ class _GBDTSampler(PlannedSampler):
     def __init__(
         self, settings: GBDTNAS, problem: Problem, population: int, seed: int, proposal: int
     ) -> None:
-        super().__init__(problem, population, seed, proposal)
+        super().__init__(problem, population, seed, proposal, "gbdt")
         self.settings = settings
 
     @override
-    def plan(self, done: Sequence[FrozenTrial], rng: np.random.Generator) -> list[Architecture]:
+    def plan(self, forecast: Forecast, rng: np.random.Generator) -> Rows:
         space = self.problem.space
-        forecast = Forecast(self.problem, "gbdt", done)
-        rounds = len(done) // self.population
+        rounds = len(forecast.measured) // self.population
         sizes = [len(choice.values) for choice in space]
         options = pruned_options(self._gains(forecast), sizes, rounds * self.settings.prune)
         columns = [left[rng.integers(len(left), size=self.settings.drawn)] for left in options]
@@ -113,10 +109,10 @@ class _GBDTSampler(PlannedSampler):
         losses = forecast.losses(rows)
         wanted = forecast.wanted(rows)
         if not wanted:
-            return []
+            return rows[:0]
         rows, losses = rows[wanted], losses[wanted]
         count = min(self.population, len(rows))
-        return space.at(rows[spread(losses, count, forecast.losses(forecast.measured))])
+        return rows[spread(losses, count, forecast.losses(forecast.measured))]
 
     def _gains(self, forecast: Forecast) -> NDArray[np.float64]:
         """What each option adds to the objectives, on average over those that have it: the most, scaled.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,15 +10,12 @@ from optuna.samplers import BaseSampler
 from typing_extensions import override
 
 from lightning_nas.predictors import predictors
-from lightning_nas.strategies._evolve import evolve, ranked, spread, unlike
+from lightning_nas.strategies._evolve import Rows, evolve, ranked, spread, unlike
 from lightning_nas.strategies._planned import Forecast, PlannedSampler, population_for
 from lightning_nas.strategies._strategy import strategies
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
     from lightning_nas.problem import Problem
-    from lightning_nas.space import Architecture
 
 __all__ = ["LINAS"]
 
@@ -77,13 +73,12 @@ class LINAS:
 
 class _LINASSampler(PlannedSampler):
     def __init__(self, settings: LINAS, problem: Problem, population: int, seed: int, proposal: int) -> None:
-        super().__init__(problem, population, seed, proposal)
+        super().__init__(problem, population, seed, proposal, settings.predictor)
         self.settings = settings
 
     @override
-    def plan(self, done: Sequence[FrozenTrial], rng: np.random.Generator) -> list[Architecture]:
+    def plan(self, forecast: Forecast, rng: np.random.Generator) -> Rows:
         space, settings = self.problem.space, self.settings
-        forecast = Forecast(self.problem, settings.predictor, done)
         options = np.array([len(choice.values) for choice in space])
         size = 2 * max(self.population, 25)
         drawn = (rng.random((size, len(options))) * options).astype(np.int64)
@@ -93,7 +88,7 @@ class _LINASSampler(PlannedSampler):
         rows, losses = evolve(start, options, forecast.losses, space.canonical_positions, generations, rng)
         wanted = forecast.wanted(rows)
         if not wanted:
-            return []
+            return rows[:0]
         rows, losses = rows[wanted], losses[wanted]
         count = min(self.population, len(rows))
         strange = round(settings.explore * count)
@@ -101,4 +96,4 @@ class _LINASSampler(PlannedSampler):
         pool = [i for i in ranked(losses)[: max(len(rows) // 4, count)][:1_000] if i not in set(chosen)]
         known = np.concatenate([forecast.measured, rows[chosen]])
         chosen += [pool[i] for i in unlike(rows[pool], known, strange)]
-        return space.at(rows[chosen])
+        return rows[chosen]

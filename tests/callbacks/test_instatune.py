@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[2]
 
 def searched(module=None, callbacks=(), epochs=2, **settings):
     module = users.PlainClassifier() if module is None else module
-    instatune = InstaTune(**{"budget": 6, "warmup": 2, "validate": (), "folder": "found", **settings})
+    common = {"budget": 6, "warmup": 2, "validate": (), "folder": "found", "remeasure": 0}
+    instatune = InstaTune(**{**common, **settings})
     trainer = pl.Trainer(callbacks=[instatune, *callbacks], max_epochs=epochs, **QUIET)
     trainer.fit(module, users.loader(users.images(24)), users.loader(users.images(48, 1), 16))
     return module, instatune
@@ -115,6 +116,64 @@ def test_the_search_leaves_weights_and_logged_values_of_the_run_alone():
     assert plain[1] == ours[1]
     assert torch.equal(plain[2], ours[2])
     assert plain[3] == ours[3]
+
+
+class Counted(users.PlainClassifier):
+    """Writes down how many batches each validation had, where no search puts it back."""
+
+    def on_validation_epoch_start(self):
+        COUNTS.append(0)
+
+    def validation_step(self, batch, batch_idx):
+        COUNTS[-1] += 1
+        return super().validation_step(batch, batch_idx)
+
+
+COUNTS: list[int] = []
+
+
+def test_a_validation_that_repeats_itself_is_repeated_for_two_of_the_front_and_the_summary_says_so():
+    COUNTS.clear()
+    _, instatune = searched(Counted(), budget=8, remeasure=1, baseline=True)
+    result = instatune.result
+    # Before: the sanity check, 2 epochs, 1 for the example.
+    assert len(COUNTS) - 4 == 8 + min(2, len(result.front)) + 8
+    assert len(result.baseline.candidates) == 8
+    assert result.noise()["val_acc"].deviation == 0
+    written = Path("found/summary.txt").read_text()
+    assert written == result.summary() + "\n"
+    for line in ("random search", "front measured again"):
+        assert line in written
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_successive_halving_validates_on_shares_of_the_batches(fits):
+    COUNTS.clear()
+    settings = {"strategy": nas.strategies.SuccessiveHalving(steps=2), "budget": 5}
+    module, instatune = searched(Counted(), **settings)
+    counted = COUNTS[4:]  # the sanity check, 2 epochs, 1 for the example
+    if not fits:
+        COUNTS.clear()
+        instatune.search(
+            pl.Trainer(**QUIET), module, dataloaders=users.loader(users.images(48, 1), 16), folder="again"
+        )
+        counted = COUNTS[2:]  # Lightning's own, 1 for the example
+    assert counted[:2] == [3, 3]  # the largest and the smallest, whole
+    assert set(counted) == {1, 3}  # one of three batches, or all
+    assert counted.count(3) + counted.count(1) / 3 <= 5
+    assert len(instatune.result.candidates) == counted.count(3)
+
+
+def test_a_share_of_data_without_a_length_is_refused():
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(users.images(48, 1))
+
+    module = users.PlainClassifier()
+    instatune = InstaTune(budget=5, warmup=2, folder="found", strategy="successive-halving")
+    data = torch.utils.data.DataLoader(Endless(), 16)
+    with pytest.raises(nas.UnsupportedError, match="its length is unknown"):
+        pl.Trainer(callbacks=[instatune], max_epochs=1, **QUIET).fit(module, users.loader(), data)
 
 
 def test_constraints_hold_and_several_loaders_and_a_minimised_metric_work():
@@ -274,7 +333,7 @@ class Killed(users.PlainClassifier):
             os.kill(os.getpid(), signal.SIGKILL)
 
 module = Killed()
-instatune = InstaTune(budget=8, warmup=2, validate=(), folder="found")
+instatune = InstaTune(budget=8, warmup=2, validate=(), folder="found", remeasure=0)
 pl.Trainer(callbacks=[instatune], max_epochs=2, num_sanity_val_steps=0, **QUIET).fit(
     module, users.loader(), users.loader(users.images(48, 1), 16)
 )

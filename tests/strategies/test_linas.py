@@ -101,7 +101,7 @@ def test_constraints_on_costs_hold_for_everything_that_is_measured(strategy):
     width = Width()
     result = search(
         SPACE, evaluate, [Maximize("gain"), Minimize(width)], strategy=strategy, budget=40, seed=1,
-        constraints={width: ("<=", 18)}, storage="memory", progress=False,
+        constraints={width: ("<=", 18)}, remeasure=0, storage="memory", progress=False,
     )  # fmt: skip
     assert len(measured) == 40
     assert max(measured) <= 18

@@ -15,7 +15,7 @@ SPACE = SearchSpace(
 OBJECTIVES = [Maximize("gain"), Minimize("loss")]
 
 
-def measure(architecture):
+def measure(architecture, share=1.0):
     return {
         "gain": architecture["a"] * architecture["c"],
         "loss": architecture["a"] + (architecture["b"] == "y"),
@@ -47,7 +47,7 @@ def test_every_strategy_measures_a_small_space_completely_and_resumes_exactly(na
 def test_the_sign_of_an_objective_is_a_matter_of_taste(name):
     space = SearchSpace([Choice(f"c{i}", (0, 1, 2, 3)) for i in range(5)])
 
-    def measure(architecture):
+    def measure(architecture, share=1.0):
         a, b, c, d, e = architecture.values()
         nudge = np.random.default_rng((a, b, c, d, e)).random(2)  # no two values are equal
         gain, loss = a + 2 * b - abs(c - d) + nudge[0], a + b + c + (d - e) ** 2 + nudge[1]
