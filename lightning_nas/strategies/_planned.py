@@ -66,7 +66,8 @@ class PlannedSampler(ProposingSampler):
             members = self.plan(done[:count], np.random.default_rng(words))
             _PLANS[study] = (count, members)
         space, since = self.problem.space, trials[done[count - 1].number + 1 :]
-        asked = {space.canonical(trial.params).key for trial in since if trial.params}
+        positions = space.indices([trial.params for trial in since if trial.params])
+        asked = {architecture.key for architecture in space.at(positions)}
         return next((member for member in members if member.key not in asked), {})
 
 
@@ -113,11 +114,11 @@ class Forecast:
         features, columns = problem.space.encode_positions(rows), []
         expected = {name: own.predict(features).mean for name, own in self.predictors.items()}
         for objective in problem.objectives:
-            if objective.name in problem.counted:
-                counts = np.array([cost[objective.name] for cost in known])
-                columns.append(self.signs[objective.name] * counts)
-                continue
-            columns.append(expected[objective.name])
+            name = objective.name
+            if name in problem.counted:
+                columns.append(self.signs[name] * np.array([cost[name] for cost in known]))
+            else:
+                columns.append(expected[name])
         values = np.stack(columns, axis=1)
         if problem.limits:
             for i, row in enumerate(known):

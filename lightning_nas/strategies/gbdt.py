@@ -48,7 +48,7 @@ class GBDTNAS:
 
     Reference: Luo et al., Accuracy Prediction with Non-neural Model for Neural Architecture Search, 2020,
     sections 3 and 4 (first-order pruning). For several objectives the best are fronts, and an option is
-    forgotten only if it lowers all of those that are predicted.
+    forgotten only if it is bad for each of them, so a slow one or a cheap one stays.
     """
 
     population: int | None = None
@@ -124,11 +124,15 @@ class _GBDTSampler(PlannedSampler):
         An option that no measured network has adds nothing.
         """
         on = forecast.features > 0
-        gains = []
-        for objective in self.problem.objectives:
+        count, gains = np.maximum(on.sum(0), 1), []
+        for column, objective in enumerate(self.problem.objectives):
             if objective.name in forecast.predictors:
                 trees = cast(Trees, forecast.predictors[objective.name])
                 values = trees.contributions(forecast.features)[:, :-1]
-                unit = np.abs(values).max(initial=1e-12) * np.maximum(on.sum(0), 1)
-                gains.append(-np.where(on, values, 0.0).sum(0) / unit)  # they predict losses
-        return np.max(gains, axis=0) if gains else np.zeros(forecast.features.shape[1])
+                loss = np.where(on, values, 0.0).sum(0) / count
+            else:  # a cost that is counted: beside the average network
+                costs = forecast.losses(forecast.measured)[:, column]
+                loss = np.where(on.any(0), on.T @ (costs - costs.mean()) / count, 0.0)
+            gains.append(-loss / np.abs(loss).max(initial=1e-12))
+        gain: NDArray[np.float64] = np.max(gains, axis=0)
+        return gain
