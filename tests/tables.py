@@ -21,6 +21,10 @@ class Table:
         accuracy: ``(n, choices)`` canonical positions to ``(n,)``.
         cost: in the same way.
         reference: the worst accuracy and cost of interest; None: the median and the highest one.
+
+    Attributes:
+        grids: accuracy and cost by positions, one axis a choice.
+        accuracies: of each network once, beside ``costs``.
     """
 
     name, unit = "cost", "M"  # it is its own cost
@@ -32,24 +36,25 @@ class Table:
         cost: Callable[[np.ndarray], np.ndarray],
         reference: tuple[float, float] | None = None,
     ) -> None:
-        self.space, self._sizes = space, [len(choice.values) for choice in space]
-        everything = np.stack(np.unravel_index(np.arange(np.prod(self._sizes)), self._sizes), axis=1)
+        self.space, sizes = space, [len(choice.values) for choice in space]
+        everything = np.indices(sizes).reshape(len(sizes), -1).T
         positions = space.canonical_positions(everything)
-        self._accuracy, self._cost = accuracy(positions), cost(positions)
-        own = np.flatnonzero((positions == everything).all(axis=1))
-        self.accuracies, self.costs = self._accuracy[own], self._cost[own]  # each network once
+        flat = accuracy(positions), cost(positions)
+        self.grids = [values.reshape(sizes) for values in flat]
+        own = (positions == everything).all(axis=1)
+        self.accuracies, self.costs = (values[own] for values in flat)
         worst = reference or (float(np.median(self.accuracies)), float(self.costs.max()))
         self.reference = dict(zip(("accuracy", "cost"), worst, strict=True))
         self.objectives = [Maximize("accuracy"), Minimize(self)]
 
     def many(self, architectures: Sequence[Architecture]) -> np.ndarray:
-        return self._cost[self._numbers(architectures)]
+        return self.grids[1][self._at(architectures)]
 
     def __call__(self, architecture: Architecture) -> float:
         return float(self.many([architecture])[0])
 
     def evaluate(self, architecture: Architecture) -> dict[str, float]:
-        return {"accuracy": float(self._accuracy[self._numbers([architecture])[0]])}
+        return {"accuracy": float(self.grids[0][self._at([architecture])][0])}
 
     @cached_property
     def exact(self) -> float:
@@ -63,9 +68,8 @@ class Table:
         least = np.sort(self.accuracies)[-max(1, int(share * len(self.accuracies)))]
         return float(least), int((self.accuracies >= least).sum())
 
-    def _numbers(self, architectures: Sequence[Architecture]) -> np.ndarray:
-        positions = self.space.canonical_positions(self.space.indices(architectures))
-        return np.ravel_multi_index(tuple(positions.T), self._sizes)
+    def _at(self, architectures: Sequence[Architecture]) -> tuple[np.ndarray, ...]:
+        return tuple(self.space.canonical_positions(self.space.indices(architectures)).T)
 
 
 def _sum(values: np.ndarray, positions: np.ndarray) -> np.ndarray:
