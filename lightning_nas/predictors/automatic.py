@@ -34,7 +34,7 @@ class Automatic(Predictor):
         ValueError: for no name, an unknown one, its own, or fewer than two folds.
     """
 
-    def __init__(self, among: Sequence[str] = ("ridge", "svr", "gbdt", "mlp"), folds: int = 5) -> None:
+    def __init__(self, among: Sequence[str] = ("ridge", "kernel-ridge", "gbdt", "mlp"), folds: int = 5) -> None:
         super().__init__()
         if not among or "auto" in among or folds < 2:
             raise ValueError(

@@ -30,8 +30,8 @@ _PLANS: weakref.WeakKeyDictionary[Study, tuple[int, list[Architecture]]] = weakr
 
 
 def population_for(budget: int) -> int:
-    """Networks measured between two plans where nobody says: a fifth of the budget, within 5 and 50."""
-    return min(50, max(5, budget // 5))
+    """Networks measured between two plans where nobody says: a tenth of the budget, within 5 and 50."""
+    return min(50, max(5, budget // 10))
 
 
 class PlannedSampler(ProposingSampler):

@@ -34,7 +34,7 @@ class GBDTNAS:
     values), are no longer drawn: at most ``prune`` more after each population, and never all of a choice.
 
     Args:
-        population: networks measured between two fits, at least 2; None: a fifth of the budget, within 5
+        population: networks measured between two fits, at least 2; None: a tenth of the budget, within 5
             and 50.
         drawn: architectures that are predicted for each population, at least 1.
         prune: options to forget after each population, at least 0.

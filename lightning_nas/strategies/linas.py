@@ -36,7 +36,7 @@ class LINAS:
     measured, of the better quarter: a predictor is often sure of what it has never seen.
 
     Args:
-        population: networks measured between two fits, at least 2; None: a fifth of the budget, within 5
+        population: networks measured between two fits, at least 2; None: a tenth of the budget, within 5
             and 50.
         predictor: name of the kind that learns each measured value.
         evaluations: by predictors, for each population; four for each architecture of a small space.
@@ -85,7 +85,7 @@ class _LINASSampler(PlannedSampler):
         space, settings = self.problem.space, self.settings
         forecast = Forecast(self.problem, settings.predictor, done)
         options = np.array([len(choice.values) for choice in space])
-        size = 2 * max(self.population, 25)
+        size = 2 * max(self.population, 50)
         drawn = (rng.random((size, len(options))) * options).astype(np.int64)
         start = np.concatenate([forecast.measured, space.canonical_positions(drawn)])
         start = start[ranked(forecast.losses(start))[:size]]

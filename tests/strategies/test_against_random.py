@@ -31,23 +31,22 @@ def test_an_inactive_choice_changes_neither_accuracy_nor_cost():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["NAS-Bench-MACRO", "encoder"])
-def test_strategies_beat_random_search_by_their_confidence_interval(name):
-    table = TABLES[name]()
+def test_strategies_beat_random_search_by_their_confidence_interval():
+    table = TABLES["NAS-Bench-MACRO"]()
     comparison = nas.compare(
         ["nsga2", "nsga3", "tpe", "evolution", "coarse-to-fine", "gbdt"],
         table.space,
         table.evaluate,
         table.objectives,
         budget=150,
-        seeds=4,
+        seeds=6,
         reference=table.reference,
         storage="memory",
         progress=False,
     )
     summary = comparison.summary(confidence=0.95).drop(index="random")
     assert (summary["gain from"] > 0).all(), summary
-    assert (summary["evaluations"] < 110).all(), summary  # to what random search has after 150
+    assert (summary["evaluations"] < 100).all(), summary  # to what random search has after 150
     assert max(curves.max() for curves in comparison.curves.values()) <= table.exact * (1 + 1e-9)
 
 
