@@ -113,7 +113,12 @@ def run(python: str, *arguments: str) -> list[Event]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOKY_MAX_CPU_COUNT": "1", "EVENTS": "events.json"}
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run(
-            [python, __file__, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+            [python, __file__, *arguments],
+            cwd=folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         if done.returncode:
             sys.exit(f"{python} failed:\n{done.stderr[-3000:]}")
@@ -146,9 +151,13 @@ def main() -> None:
 
     python = os.environ.get("DYNAST_PYTHON")
     if not python:
-        print(f"skipped: set DYNAST_PYTHON to a Python that has dynast 1.6.0; how to: {__file__}, first lines.")
+        print(
+            f"skipped: set DYNAST_PYTHON to a Python that has dynast 1.6.0; how to: {__file__}, first lines."
+        )
         return
-    print(f"{'medians of ' + str(SEEDS) + ' seeds':<18} {'share':>5} {'evaluations, s: here':>22} {'dynast':>16}")
+    print(
+        f"{'medians of ' + str(SEEDS) + ' seeds':<18} {'share':>5} {'evaluations, s: here':>22} {'dynast':>16}"
+    )
     for problem in PROBLEMS:
         with tempfile.TemporaryDirectory() as folder:
             grids = str(Path(folder) / "grids.npy")
@@ -162,7 +171,9 @@ def main() -> None:
             ]
         median = np.quantile(np.array(runs), 0.5, axis=0, method="higher")  # (package, level, what)
         for level, (here, there) in zip(LEVELS, zip(*median, strict=True), strict=True):
-            print(f"{problem:<18} {level:>5} {here[0]:>12.0f} {here[1]:>9.1f} {there[0]:>9.0f} {there[1]:>6.1f}")
+            print(
+                f"{problem:<18} {level:>5} {here[0]:>12.0f} {here[1]:>9.1f} {there[0]:>9.0f} {there[1]:>6.1f}"
+            )
 
 
 if __name__ == "__main__":

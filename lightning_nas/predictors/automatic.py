@@ -15,6 +15,7 @@ from lightning_nas.predictors.quality import Quality, cross_validated
 
 __all__ = ["Automatic"]
 
+
 @predictors.register("auto")
 class Automatic(Predictor):
     """Chooses among kinds of predictors by cross-validated rank correlation, anew as the rows double.
@@ -34,7 +35,9 @@ class Automatic(Predictor):
         ValueError: for no name, an unknown one, its own, or fewer than two folds.
     """
 
-    def __init__(self, among: Sequence[str] = ("ridge", "kernel-ridge", "gbdt", "mlp"), folds: int = 5) -> None:
+    def __init__(
+        self, among: Sequence[str] = ("ridge", "kernel-ridge", "gbdt", "mlp"), folds: int = 5
+    ) -> None:
         super().__init__()
         if not among or "auto" in among or folds < 2:
             raise ValueError(
@@ -72,6 +75,4 @@ class Automatic(Predictor):
 def _validated(
     make: type[Predictor], folds: int, shape: tuple[int, ...], features: bytes, targets: bytes
 ) -> Quality:
-    return cross_validated(
-        make, np.frombuffer(features).reshape(shape), np.frombuffer(targets), folds=folds
-    )
+    return cross_validated(make, np.frombuffer(features).reshape(shape), np.frombuffer(targets), folds=folds)

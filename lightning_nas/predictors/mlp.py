@@ -138,7 +138,9 @@ class MLPEnsemble(Predictor):
         self, layers: list[_Layer], x: Tensor, y: Tensor, steps: int, lr: float, frozen: int = 0
     ) -> list[_Layer]:
         body = [parameter for layer in layers[:-1] for parameter in layer.parameters()]
-        optimizer = torch.optim.AdamW([*body, *layers[-1].parameters()], lr, weight_decay=self.weight_decay, fused=True)
+        optimizer = torch.optim.AdamW(
+            [*body, *layers[-1].parameters()], lr, weight_decay=self.weight_decay, fused=True
+        )
         target = y.expand(self.members, *y.shape)
         for step in range(steps):
             optimizer.zero_grad()

@@ -26,22 +26,22 @@ if TYPE_CHECKING:
 __all__ = ["Forecast", "PlannedSampler", "population_for"]
 
 _PLANS: weakref.WeakKeyDictionary[Study, tuple[int, list[Architecture]]] = weakref.WeakKeyDictionary()
-"""By study: how many measurements the present population was planned from, and what it is."""
+"""By study: how many measurements the present batch was planned from, and what it is."""
 
 
 def population_for(budget: int) -> int:
-    """Networks measured between two plans where nobody says: a tenth of the budget, within 5 and 50."""
-    return min(50, max(5, budget // 10))
+    """Networks measured at random first where nobody says: a fifth of the budget, within 5 and 50."""
+    return min(50, max(5, budget // 5))
 
 
 class PlannedSampler(ProposingSampler):
-    """Makes one proposal: the next member of a population that depends on the measurements before it alone.
+    """Makes one proposal: the next member of a batch that depends on the measurements before it alone.
 
-    The first population is drawn at random. Whatever a plan lacks is drawn too.
+    The first population is drawn at random; each later batch is half as large. What a plan lacks is drawn too.
 
     Args:
         problem: what is searched for.
-        population: measurements between two plans.
+        population: measurements before the first plan.
         seed: of the whole search.
         proposal: how many proposals were made before.
     """
@@ -49,17 +49,18 @@ class PlannedSampler(ProposingSampler):
     def __init__(self, problem: Problem, population: int, seed: int, proposal: int) -> None:
         super().__init__(problem.space, seeds(seed, proposal, 1)[0], self._next)
         self.problem, self.population, self.seed = problem, population, seed
+        self.batch = max(1, population // 2)  # learning twice as often is worth more than larger batches
 
     @abstractmethod
     def plan(self, done: Sequence[FrozenTrial], rng: np.random.Generator) -> list[Architecture]:
-        """The next population, from the complete trials before it."""
+        """The next batch, from the complete trials before it."""
 
     def _next(self, study: Study) -> Mapping[str, Value]:
         trials = study.get_trials(deepcopy=False)
         done = [trial for trial in trials if trial.state is TrialState.COMPLETE]
-        count = len(done) // self.population * self.population
-        if count == 0:
+        if len(done) < self.population:
             return {}
+        count = len(done) - (len(done) - self.population) % self.batch
         planned, members = _PLANS.get(study, (0, []))
         if planned != count:
             words = np.random.SeedSequence((self.seed, count, 1))

@@ -52,7 +52,9 @@ def test_strategies_beat_random_search_by_their_confidence_interval():
 
 def test_grid_finds_what_one_option_of_a_choice_decides_in_as_many_evaluations_as_there_are_options():
     # Random search misses one option of 40 in 40 draws with probability (39 / 40)^40 = 0.36.
-    space = SearchSpace([Choice("decides", tuple(range(40))), *(Choice(f"idle{i}", (0, 1)) for i in range(6))])
+    space = SearchSpace(
+        [Choice("decides", tuple(range(40))), *(Choice(f"idle{i}", (0, 1)) for i in range(6))]
+    )
     comparison = nas.compare(
         ["grid"], space, lambda a: {"score": float(a["decides"] == 17)}, [Maximize("score")], budget=40,
         seeds=20, storage="memory", progress=False,
