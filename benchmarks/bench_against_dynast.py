@@ -1,15 +1,15 @@
-"""LINAS here and in DyNAS-T (dynast 1.6.0): evaluations and wall time to equal hypervolume on the same tables.
+"""LINAS here and in DyNAS-T (dynast 1.6.0): evaluations and seconds to equal hypervolume on the same tables.
 
-Run: DYNAST_PYTHON=/path/to/other/venv/bin/python PYTHONPATH=. python benchmarks/bench_against_dynast.py
+Run: DYNAST_PYTHON=/other/venv/bin/python PYTHONPATH=. python benchmarks/bench_against_dynast.py
 
-The other environment: `pip install --no-deps dynast==1.6.0`, and pymoo, scikit-learn, pandas, numba, torch,
-torchvision, requests. Its fairseq can't be imported by Python 3.11, and current transformers lack what its BERT
-reads; so the modules of its own networks that need them, and which a search of another network doesn't, are left out.
-The network searched is given as dynast takes one from outside: by BootstrapNAS, with own evaluation functions.
+The other environment: `pip install --no-deps dynast==1.6.0` and pymoo, scikit-learn, pandas, numba, torch,
+torchvision, torchprofile, requests. dynast can't be imported whole by Python 3.11: its fairseq can't, and
+current transformers lack what its BERT reads. The modules of its own transformers are therefore left out,
+which a search of another network doesn't use. The network searched is given as dynast takes one from outside:
+by BootstrapNAS, with evaluation functions of one's own.
 
-Both have one core, populations of 50, and are told every architecture's values at once; dynast's inner search has
-its 5,000 evaluations of such networks, ours its default of 10,000. An architecture that dynast measures again isn't
-counted again.
+Both have one thread, populations of 50 and the values of an architecture at once. dynast's inner search has
+its 5,000 evaluations of such networks, ours its default of 10,000. What dynast measures again isn't counted.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 
 PROBLEMS, SEEDS, BUDGET, LEVELS = ("NAS-Bench-MACRO", "interacting"), 5, 250, (0.97, 0.98, 0.99)
+EVENTS = "events.json"
 Event = tuple[float, list[int]]
 """Seconds since the search began, and the positions of what was evaluated."""
 
@@ -109,20 +110,18 @@ def theirs(grids: str, seed: int) -> list[Event]:
 
 
 def run(python: str, *arguments: str) -> list[Event]:
-    """One of both, in a process and folder of its own, on one core."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "LOKY_MAX_CPU_COUNT": "1", "EVENTS": "events.json"}
+    """One of both, in a process and folder of its own, with one thread."""
+    script = Path(__file__).resolve()
+    threads = {"OMP_NUM_THREADS": "1", "LOKY_MAX_CPU_COUNT": "1", "PYTHONPATH": str(script.parents[1])}
     with tempfile.TemporaryDirectory() as folder:
+        command = [python, str(script), *arguments]
         done = subprocess.run(
-            [python, __file__, *arguments],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
+            command, cwd=folder, env={**os.environ, **threads}, capture_output=True, text=True
         )
         if done.returncode:
             sys.exit(f"{python} failed:\n{done.stderr[-3000:]}")
-        return json.loads((Path(folder) / "events.json").read_text())
+        events: list[Event] = json.loads((Path(folder) / EVENTS).read_text())
+    return events
 
 
 def reached(events: list[Event], problem: str) -> list[tuple[float, float]]:
@@ -177,10 +176,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 4:
-        which, what, seed = sys.argv[1:]
-        search = {"ours": ours, "theirs": theirs}[which]
-        events = search(what, int(seed))
-        Path(os.environ["EVENTS"]).write_text(json.dumps(events))
+    if len(sys.argv) == 4:  # in a process of its own
+        search = {"ours": ours, "theirs": theirs}[sys.argv[1]]
+        Path(EVENTS).write_text(json.dumps(search(sys.argv[2], int(sys.argv[3]))))
     else:
         main()

@@ -2,9 +2,9 @@
 
 Run: python benchmarks/bench_search_overhead.py
 
-Evaluations here return at once, so that all the time is the search's own: the strategy, the storage (the default
-journal file, one transaction a trial) and, in the first row, what is imported on the way. It is the same whatever
-an evaluation takes. Processor seconds tell what is left of the wall time where others use the machine.
+Evaluations here return at once, so that all the time is the search's own: the strategy, the storage (the
+default journal file, one transaction a trial) and, in the first row, what is imported on the way. It is the
+same whatever an evaluation takes. Processor seconds tell what is left of it where others use the machine.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Run: PYTHONPATH=. python benchmarks/search_strategies.py
 
-It takes about 20 minutes on one core, and writes its tables into docs/compare-strategies.md and its plot beside it.
+It takes about 20 minutes on one core. The tables go into docs/compare-strategies.md, the plot beside it.
 """
 
 from __future__ import annotations

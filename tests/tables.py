@@ -137,7 +137,7 @@ def interacting(seed: int = 0) -> Table:
 
 @cache
 def deceptive(seed: int = 0) -> Table:
-    """65,536 architectures: of eight choices two are bad at their largest value, and good if both are there."""
+    """65,536 architectures: two of eight choices are bad at their largest value, and good if both are."""
     rng = np.random.default_rng(seed)
     space = SearchSpace([Choice(f"layer{i}", (0, 1, 2, 3)) for i in range(8)])
     alone, price = np.cumsum(rng.exponential(0.6, (8, 4)), 1), np.cumsum(rng.uniform(0.5, 3, (8, 4)), 1)

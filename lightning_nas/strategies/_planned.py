@@ -37,7 +37,8 @@ def population_for(budget: int) -> int:
 class PlannedSampler(ProposingSampler):
     """Makes one proposal: the next member of a batch that depends on the measurements before it alone.
 
-    The first population is drawn at random; each later batch is half as large. What a plan lacks is drawn too.
+    The first population is drawn at random; each later batch is half as large. What a plan lacks is drawn
+    too.
 
     Args:
         problem: what is searched for.

@@ -31,13 +31,13 @@ class GBDTNAS:
     """Measures a population, fits boosted trees, draws many architectures and measures those predicted best.
 
     Options that lower what the trees predict, on average over the networks that have them (exact SHAP
-    values), are no longer drawn: at most ``prune`` more after each fit, and never all of a choice.
+    values), are no longer drawn: at most ``prune`` more after each population, and never all of a choice.
 
     Args:
         population: networks measured at random first, and half as many between two fits, at least 2; None: a
             fifth of the budget, within 5 and 50.
         drawn: architectures that are predicted for each batch, at least 1.
-        prune: options to forget after each fit, at least 0.
+        prune: options to forget after as many measurements as the population has, at least 0.
 
     Raises:
         ValueError: for a value out of its range.
@@ -105,7 +105,7 @@ class _GBDTSampler(PlannedSampler):
     def plan(self, done: Sequence[FrozenTrial], rng: np.random.Generator) -> list[Architecture]:
         space = self.problem.space
         forecast = Forecast(self.problem, "gbdt", done)
-        rounds = 1 + (len(done) - self.population) // self.batch
+        rounds = len(done) // self.population
         sizes = [len(choice.values) for choice in space]
         options = pruned_options(self._gains(forecast), sizes, rounds * self.settings.prune)
         columns = [left[rng.integers(len(left), size=self.settings.drawn)] for left in options]

@@ -29,10 +29,10 @@ __all__ = ["LINAS"]
 class LINAS:
     """Measures a population, learns from it, lets evolution search the predictors, and measures its best.
 
-    The first population is random. Each later batch is what an evolution finds on predictors fitted on all that
-    was measured: costs that are known beforehand are not predicted but counted, and constraints on them are
-    kept. It begins at the measured networks, never proposes one of them, and of the last front that fits it
-    takes those that are farthest apart. ``explore`` of the batch are the ones least like any that was
+    The first population is random. Each later batch is what an evolution finds on predictors fitted on all
+    that was measured: costs that are known beforehand are not predicted but counted, and constraints on them
+    are kept. It begins at the measured networks, never proposes one of them, and of the last front that fits
+    it takes those that are farthest apart. ``explore`` of the batch are the ones least like any that was
     measured, of the better quarter: a predictor is often sure of what it has never seen.
 
     Args:
