@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 
 import numpy as np
@@ -23,7 +23,9 @@ __all__ = ["MLPEnsemble"]
 def _alone() -> Iterator[None]:
     """Whatever modes the caller is in: a search may run between the steps of a training."""
     full = torch.autocast("cpu", enabled=False)
-    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"), full:
+    # The mode for a device looks at every operation, so it is entered only where there is another one.
+    here = nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    with torch.inference_mode(False), torch.enable_grad(), here, full:
         yield
 
 
@@ -136,7 +138,9 @@ class MLPEnsemble(Predictor):
         self, layers: list[_Layer], x: Tensor, y: Tensor, steps: int, lr: float, frozen: int = 0
     ) -> list[_Layer]:
         body = [parameter for layer in layers[:-1] for parameter in layer.parameters()]
-        optimizer = torch.optim.AdamW([*body, *layers[-1].parameters()], lr, weight_decay=self.weight_decay)
+        optimizer = torch.optim.AdamW(
+            [*body, *layers[-1].parameters()], lr, weight_decay=self.weight_decay, fused=True
+        )
         target = y.expand(self.members, *y.shape)
         for step in range(steps):
             optimizer.zero_grad()

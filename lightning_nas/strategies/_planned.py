@@ -28,22 +28,23 @@ __all__ = ["Forecast", "PlannedSampler", "population_for"]
 _Plan: TypeAlias = list[tuple[Architecture, dict[str, float]]]
 
 _PLANS: weakref.WeakKeyDictionary[Study, tuple[int, _Plan]] = weakref.WeakKeyDictionary()
-"""By study: how many measurements the present population was planned from, its members and predictions."""
+"""By study: how many measurements the present batch was planned from, its members and predictions."""
 
 
 def population_for(budget: int) -> int:
-    """Networks measured between two plans where nobody says: a fifth of the budget, within 5 and 50."""
+    """Networks measured at random first where nobody says: a fifth of the budget, within 5 and 50."""
     return min(50, max(5, budget // 5))
 
 
 class PlannedSampler(DrawingSampler):
-    """Makes one proposal: the next member of a population that depends on the measurements before it alone.
+    """Makes one proposal: the next member of a batch that depends on the measurements before it alone.
 
-    The first population is drawn at random. Whatever a plan lacks is drawn too.
+    The first population is drawn at random; each later batch is half as large. What a plan lacks is drawn
+    too.
 
     Args:
         problem: what is searched for.
-        population: measurements between two plans.
+        population: measurements before the first plan.
         seed: of the whole search.
         proposal: how many proposals were made before.
         predictor: name of the kind that learns each measured value.
@@ -52,10 +53,11 @@ class PlannedSampler(DrawingSampler):
     def __init__(self, problem: Problem, population: int, seed: int, proposal: int, predictor: str) -> None:
         super().__init__(problem.space, seeds(seed, proposal, 1)[0])
         self.problem, self.population, self.seed, self.predictor = problem, population, seed, predictor
+        self.batch = max(1, population // 2)  # learning twice as often is worth more than larger batches
 
     @abstractmethod
     def plan(self, forecast: Forecast, rng: np.random.Generator) -> Rows:
-        """The next population, from what is known and expected after the measurements before it.
+        """The next batch, from what is known and expected after the measurements before it.
 
         Returns:
             ``(members, choices)``, positions of options.
@@ -67,9 +69,9 @@ class PlannedSampler(DrawingSampler):
         """The next member that was not asked for yet; nothing where there is none."""
         trials = study.get_trials(deepcopy=False)
         done = [trial for trial in trials if trial.state is TrialState.COMPLETE]
-        count = len(done) // self.population * self.population
-        if count == 0:
+        if len(done) < self.population:
             return {}
+        count = len(done) - (len(done) - self.population) % self.batch
         planned, members = _PLANS.get(study, (0, []))
         if planned != count:
             words = np.random.SeedSequence((self.seed, count, 1))
@@ -78,7 +80,8 @@ class PlannedSampler(DrawingSampler):
             members = list(zip(self.problem.space.at(rows), forecast.predictions(rows), strict=True))
             _PLANS[study] = (count, members)
         space, since = self.problem.space, trials[done[count - 1].number + 1 :]
-        asked = {space.canonical(trial.params).key for trial in since if trial.params}
+        positions = space.indices([trial.params for trial in since if trial.params])
+        asked = {architecture.key for architecture in space.at(positions)}
         member, predicted = next(((m, p) for m, p in members if m.key not in asked), ({}, None))
         if predicted:
             note(study, trial, PREDICTED, predicted)
@@ -128,11 +131,11 @@ class Forecast:
         features, columns = problem.space.encode_positions(rows), []
         expected = {name: own.predict(features).mean for name, own in self.predictors.items()}
         for objective in problem.objectives:
-            if objective.name in problem.counted:
-                counts = np.array([cost[objective.name] for cost in known])
-                columns.append(self.signs[objective.name] * counts)
-                continue
-            columns.append(expected[objective.name])
+            name = objective.name
+            if name in problem.counted:
+                columns.append(self.signs[name] * np.array([cost[name] for cost in known]))
+            else:
+                columns.append(expected[name])
         values = np.stack(columns, axis=1)
         if problem.limits:
             for i, row in enumerate(known):

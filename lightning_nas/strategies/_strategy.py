@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from optuna.distributions import CategoricalDistribution
 from optuna.samplers import BaseSampler, RandomSampler
+from optuna.study import StudyDirection
 
 from lightning_nas.registry import Registry
 
@@ -25,9 +27,11 @@ __all__ = [
     "DrawingSampler",
     "ProposingSampler",
     "Strategy",
+    "losses_of",
     "note",
     "seeds",
     "strategies",
+    "violation_of",
 ]
 
 PREDICTED = "lightning_nas:predicted"
@@ -73,6 +77,18 @@ def note(study: Study, trial: FrozenTrial, name: str, value: Any) -> None:
 def seeds(seed: int, proposal: int, count: int) -> list[int]:
     """Independent seeds for the generators of one proposal."""
     return [int(word) for word in np.random.SeedSequence((seed, proposal)).generate_state(count)]
+
+
+def losses_of(trials: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> NDArray[np.float64]:
+    """Values of complete trials with the sign that makes smaller better, ``(trials, objectives)``."""
+    signs = [-1.0 if direction == StudyDirection.MAXIMIZE else 1.0 for direction in directions]
+    values: NDArray[np.float64] = np.array([trial.values for trial in trials]).reshape(-1, len(signs)) * signs
+    return values
+
+
+def violation_of(trial: FrozenTrial) -> float:
+    """How far a complete trial is beyond its constraints; 0 if it keeps them."""
+    return sum(max(0.0, value) for value in (trial.constraints or {}).values())
 
 
 class DrawingSampler(BaseSampler):

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from optuna.samplers import BaseSampler
+from optuna.trial import TrialState
 
-from lightning_nas.strategies._strategy import ProposingSampler, seeds, strategies
+from lightning_nas.results import non_dominated
+from lightning_nas.strategies._strategy import ProposingSampler, losses_of, seeds, strategies, violation_of
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -122,7 +124,10 @@ def skeletons(space: SearchSpace, count: int, rng: np.random.Generator) -> list[
 
 def _refined(space: SearchSpace, rate: float, seed: int, study: Study) -> dict[str, Value]:
     """A member of the front, with some of its choices moved to the value beside theirs."""
-    front = sorted(study.best_trials, key=lambda member: member.number)
+    # Not study.best_trials: it copies every trial, twice.
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    feasible = [trial for trial in complete if violation_of(trial) == 0]
+    front = [feasible[i] for i in np.flatnonzero(non_dominated(losses_of(feasible, study.directions)))]
     if not front:
         return {}
     rng = np.random.default_rng(seed)

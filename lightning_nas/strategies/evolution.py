@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from lightning_nas.results import non_dominated
-from lightning_nas.strategies._strategy import ProposingSampler, seeds, strategies
+from lightning_nas.strategies._strategy import ProposingSampler, losses_of, seeds, strategies, violation_of
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
-    from optuna.study import Study
+    from optuna.study import Study, StudyDirection
     from optuna.trial import FrozenTrial
 
     from lightning_nas.problem import Problem
@@ -100,14 +99,12 @@ def mutated(space: SearchSpace, architecture: Architecture, rng: np.random.Gener
 
 def _places(members: Sequence[FrozenTrial], directions: Sequence[StudyDirection]) -> list[tuple[float, ...]]:
     """What members compete by, smaller is better: violation of constraints, front, loneliness."""
-    signs = [-1.0 if direction == StudyDirection.MAXIMIZE else 1.0 for direction in directions]
-    losses = np.array([member.values for member in members]) * signs
-    violations = [sum(max(0.0, v) for v in (member.constraints or {}).values()) for member in members]
+    losses = losses_of(members, directions)
     rank = ranks(losses)
     distance = np.zeros(len(losses))
     for front in range(rank.max() + 1):
         distance[rank == front] = crowding_distances(losses[rank == front])
-    return list(zip(violations, rank.tolist(), (-distance).tolist(), strict=True))
+    return list(zip(map(violation_of, members), rank.tolist(), (-distance).tolist(), strict=True))
 
 
 def ranks(losses: NDArray[np.float64]) -> NDArray[np.int64]:

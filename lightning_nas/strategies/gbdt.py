@@ -31,10 +31,10 @@ class GBDTNAS:
     values), are no longer drawn: at most ``prune`` more after each population, and never all of a choice.
 
     Args:
-        population: networks measured between two fits, at least 2; None: a fifth of the budget, within 5
-            and 50.
-        drawn: architectures that are predicted for each population, at least 1.
-        prune: options to forget after each population, at least 0.
+        population: networks measured at random first, and half as many between two fits, at least 2; None: a
+            fifth of the budget, within 5 and 50.
+        drawn: architectures that are predicted for each batch, at least 1.
+        prune: options to forget after as many measurements as the population has, at least 0.
 
     Raises:
         ValueError: for a value out of its range.
@@ -45,7 +45,7 @@ class GBDTNAS:
 
     Reference: Luo et al., Accuracy Prediction with Non-neural Model for Neural Architecture Search, 2020,
     sections 3 and 4 (first-order pruning). For several objectives the best are fronts, and an option is
-    forgotten only if it lowers all of those that are predicted.
+    forgotten only if it is bad for each of them, so a slow one or a cheap one stays.
     """
 
     population: int | None = None
@@ -111,7 +111,7 @@ class _GBDTSampler(PlannedSampler):
         if not wanted:
             return rows[:0]
         rows, losses = rows[wanted], losses[wanted]
-        count = min(self.population, len(rows))
+        count = min(self.batch, len(rows))
         return rows[spread(losses, count, forecast.losses(forecast.measured))]
 
     def _gains(self, forecast: Forecast) -> NDArray[np.float64]:
@@ -120,11 +120,15 @@ class _GBDTSampler(PlannedSampler):
         An option that no measured network has adds nothing.
         """
         on = forecast.features > 0
-        gains = []
-        for objective in self.problem.objectives:
+        count, gains = np.maximum(on.sum(0), 1), []
+        for column, objective in enumerate(self.problem.objectives):
             if objective.name in forecast.predictors:
                 trees = cast(Trees, forecast.predictors[objective.name])
                 values = trees.contributions(forecast.features)[:, :-1]
-                unit = np.abs(values).max(initial=1e-12) * np.maximum(on.sum(0), 1)
-                gains.append(-np.where(on, values, 0.0).sum(0) / unit)  # they predict losses
-        return np.max(gains, axis=0) if gains else np.zeros(forecast.features.shape[1])
+                loss = np.where(on, values, 0.0).sum(0) / count
+            else:  # a cost that is counted: beside the average network
+                costs = forecast.losses(forecast.measured)[:, column]
+                loss = np.where(on.any(0), on.T @ (costs - costs.mean()) / count, 0.0)
+            gains.append(-loss / np.abs(loss).max(initial=1e-12))
+        gain: NDArray[np.float64] = np.max(gains, axis=0)
+        return gain

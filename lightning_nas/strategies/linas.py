@@ -25,17 +25,17 @@ __all__ = ["LINAS"]
 class LINAS:
     """Measures a population, learns from it, lets evolution search the predictors, and measures its best.
 
-    The first population is random. Each later one is what an evolution finds on predictors fitted on all that
-    was measured: costs that are known beforehand are not predicted but counted, and constraints on them are
-    kept. It begins at the measured networks, never proposes one of them, and of the last front that fits it
-    takes those that are farthest apart. ``explore`` of the population are the ones least like any that was
+    The first population is random. Each later batch is what an evolution finds on predictors fitted on all
+    that was measured: costs that are known beforehand are not predicted but counted, and constraints on them
+    are kept. It begins at the measured networks, never proposes one of them, and of the last front that fits
+    it takes those that are farthest apart. ``explore`` of the batch are the ones least like any that was
     measured, of the better quarter: a predictor is often sure of what it has never seen.
 
     Args:
-        population: networks measured between two fits, at least 2; None: a fifth of the budget, within 5
-            and 50.
+        population: networks measured at random first, and half as many between two fits, at least 2; None: a
+            fifth of the budget, within 5 and 50.
         predictor: name of the kind that learns each measured value.
-        evaluations: by predictors, for each population; four for each architecture of a small space.
+        evaluations: by predictors, for each batch; four for each architecture of a small space.
         explore: share chosen for being unlike, in [0, 1].
 
     Raises:
@@ -80,7 +80,7 @@ class _LINASSampler(PlannedSampler):
     def plan(self, forecast: Forecast, rng: np.random.Generator) -> Rows:
         space, settings = self.problem.space, self.settings
         options = np.array([len(choice.values) for choice in space])
-        size = 2 * max(self.population, 25)
+        size = 2 * max(self.population, 50)
         drawn = (rng.random((size, len(options))) * options).astype(np.int64)
         start = np.concatenate([forecast.measured, space.canonical_positions(drawn)])
         start = start[ranked(forecast.losses(start))[:size]]
@@ -90,7 +90,7 @@ class _LINASSampler(PlannedSampler):
         if not wanted:
             return rows[:0]
         rows, losses = rows[wanted], losses[wanted]
-        count = min(self.population, len(rows))
+        count = min(self.batch, len(rows))
         strange = round(settings.explore * count)
         chosen = spread(losses, count - strange, forecast.losses(forecast.measured))
         pool = [i for i in ranked(losses)[: max(len(rows) // 4, count)][:1_000] if i not in set(chosen)]

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 from optuna.samplers import BaseSampler
-from optuna.study import StudyDirection
 
-from lightning_nas.strategies._strategy import seeds, strategies
+from lightning_nas.strategies._strategy import losses_of, seeds, strategies, violation_of
 from lightning_nas.strategies.nsga2 import NSGA2, NSGA2Sampler
 
 if TYPE_CHECKING:
@@ -54,10 +53,9 @@ class _NSGA3Sampler(NSGA2Sampler):
     def select_parent(self, study: Study, generation: int) -> list[FrozenTrial]:
         members = self.get_population(study, generation - 1)
         members += self.get_parent_population(study, generation - 1)
-        signs = [-1.0 if direction == StudyDirection.MAXIMIZE else 1.0 for direction in study.directions]
         kept = survivors(
-            np.array([member.values for member in members]) * signs,
-            np.array([sum(max(0.0, v) for v in (m.constraints or {}).values()) for m in members]),
+            losses_of(members, study.directions),
+            np.array([violation_of(member) for member in members]),
             self.count,
             np.random.default_rng(
                 seeds(self._seed, generation, 1)
