@@ -32,6 +32,8 @@ from lightning_nas.estimators import (
 __all__ = ["BinaryConv1d", "BinaryConv2d", "BinaryEmbedding", "BinaryLayer", "BinaryLinear"]
 
 _UNKNOWN, _SIGNED, _UNSIGNED = 0, 1, 2  # what the inputs of a layer are, as `input_kind` says it
+_FORMS = ("weights", "activations", "weight_bits", "input_bits", "_kind")
+_ESTIMATORS = ("weight_estimator", "input_estimator")
 _OF_WEIGHTS, _OF_INPUTS = ("weight_scale",), ("input_scale", "input_threshold", "input_kind")
 
 
@@ -105,16 +107,7 @@ class BinaryLayer(nn.Module):
 
     def _uncode(self) -> None:
         """Give the layer its class back; what was added to it goes."""
-        added = (
-            "weights",
-            "activations",
-            "weight_bits",
-            "input_bits",
-            "weight_estimator",
-            "input_estimator",
-            "_kind",
-        )
-        for name in (*added, *_OF_WEIGHTS, *_OF_INPUTS):
+        for name in (*_FORMS, *_ESTIMATORS, *_OF_WEIGHTS, *_OF_INPUTS):
             if name in {*self.__dict__, *self._parameters, *self._buffers, *self._modules}:
                 delattr(self, name)
         self.__class__ = self.float_class  # type: ignore[assignment]  # a layer's class is what is swapped
@@ -124,13 +117,17 @@ class BinaryLayer(nn.Module):
     @property
     def binary_weight(self) -> Tensor:
         """-1 or +1 for each weight, of ternary ones also 0; exact, and with the estimator's gradient."""
-        treated = self._treated()
-        return self._codes(treated, self._unit(treated))
+        return self._codes_and_scale()[0]
 
     @property
     def scale(self) -> Tensor:
         """What the product is multiplied with: ``(out,)``, or a scalar for the whole layer."""
-        return self._scale(self._unit(self._treated()))
+        return self._codes_and_scale()[1]
+
+    def _codes_and_scale(self) -> tuple[Tensor, Tensor]:
+        treated = self._treated()
+        unit = self._unit(treated)
+        return self._codes(treated, unit), self._scale(unit)
 
     def _treated(self) -> Tensor:
         return self.weights.treated(self.weight.contiguous())  # a slice sums in the order of its copy
@@ -141,8 +138,6 @@ class BinaryLayer(nn.Module):
         return unit * 4 / 3 if self.weights.bits == 2 else unit
 
     def _codes(self, treated: Tensor, unit: Tensor) -> Tensor:
-        if self.weight_bits == 32:
-            return treated
         if self.weights.is_relative or self.weight_bits == 2:
             unit = unit.detach().clamp(min=torch.finfo(unit.dtype).tiny)
             treated = treated / (unit.view(-1, *(1,) * (treated.ndim - 1)) if unit.ndim else unit)
@@ -152,7 +147,7 @@ class BinaryLayer(nn.Module):
         return codes
 
     def _scale(self, unit: Tensor) -> Tensor:
-        if self.weight_bits == 32 or self.weights.scale is None:
+        if self.weights.scale is None:
             return torch.ones_like(unit)
         if self.weights.scale == "learned":
             return self.weight_scale
@@ -219,15 +214,15 @@ class BinaryLayer(nn.Module):
         self._kind = int(self.input_kind.round())  # a copied buffer tells what another network has seen
         if self._kind != _UNKNOWN:
             return
-        if not bool(torch.isfinite(x).all()):
+        lowest = torch.where(torch.isfinite(x).all(), x.min(), -torch.inf)
+        is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if is_shared:
+            torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN)
+        if float(lowest) == -torch.inf:  # on all processes, so that none waits for another
             raise ValueError(
                 f"{type(self).__name__}({self.extra_repr()}): the first batch has inputs that are not "
                 "finite, and no scale can start from them. Look for the layer before it that makes them."
             )
-        lowest = x.min()
-        is_shared = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if is_shared:
-            torch.distributed.all_reduce(lowest, torch.distributed.ReduceOp.MIN)
         kind = _UNSIGNED if float(lowest) >= 0 else _SIGNED
         scale = least_squares_scale(x, kind == _UNSIGNED)
         if is_shared:
@@ -241,29 +236,27 @@ class BinaryLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What the plain layer returns, computed with codes; of the same shape and dtype."""
-        treated = self._treated()
-        unit = self._unit(treated)
-        weight, scale = self._codes(treated, unit), self._along_channels(self._scale(unit))
+        weight, scale = (self.weight, None) if self.weight_bits == 32 else self._codes_and_scale()
         if self.input_bits == 32:
             product = self._product(x, weight)
-            return self._sum(product * scale if self.weight_bits != 32 else product).to(product.dtype)
+            return self._scaled(product, scale, None).to(product.dtype)
         codes, input_scale = self.input_codes(x)
         dtype = x.dtype
-        if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type) if dtype != torch.float64 else dtype
+        if dtype != torch.float64 and torch.amp.is_autocast_available(x.device.type):
+            is_cast = torch.is_autocast_enabled(x.device.type)
+            dtype = torch.get_autocast_dtype(x.device.type) if is_cast else dtype
         with outside_autocast(x.device):
             product = self._product(codes, weight.to(codes.dtype))
-            if self.weight_bits != 32:
-                if x.device.type != "cpu" and self.channel_dim != -1 and self.weight_estimator.is_binary:
-                    # kernels that transform convolutions (Winograd) leave integers by some rounding
-                    product = straight_through(product, product.detach().round(), None)
-                product = product * scale
-            if input_scale is not None:
-                product = product * input_scale
-        return self._sum(product).to(dtype)
+        is_integer = self.weight_bits != 32 and self.weight_estimator.is_binary
+        if is_integer and x.device.type != "cpu" and self.channel_dim != -1:
+            # fast convolutions (Winograd) transform what they multiply, and miss integers by some rounding
+            product = straight_through(product, product.detach().round(), None)
+        return self._scaled(product, scale, input_scale).to(dtype)
 
-    def _sum(self, product: Tensor) -> Tensor:
+    def _scaled(self, product: Tensor, scale: Tensor | None, input_scale: Tensor | None) -> Tensor:
         bias: Tensor | None = getattr(self, "bias", None)
+        product = product if scale is None else product * self._along_channels(scale)
+        product = product if input_scale is None else product * input_scale
         return product if bias is None else product + self._along_channels(bias)
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -287,7 +280,7 @@ class BinaryLayer(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         """Checkpoints of a plain layer fit: what they lack starts anew, from the weights that they have."""
-        for group in (_OF_WEIGHTS, _OF_INPUTS, ("weight_estimator",), ("input_estimator",)):
+        for group in (_OF_WEIGHTS, _OF_INPUTS, _ESTIMATORS[:1], _ESTIMATORS[1:]):
             own = {
                 name: tensor
                 for name, tensor in self.state_dict(prefix=prefix).items()
@@ -402,16 +395,21 @@ class BinaryEmbedding(BinaryLayer, nn.Embedding):
 
     @override
     def forward(self, x: Tensor) -> Tensor:
-        rows = nn.Embedding.forward(self, x).flatten(0, -2)
-        treated = self.weights.treated(rows)
-        unit = self._unit(treated)
-        codes = self._codes(treated, unit)
+        rows = nn.Embedding.forward(self, x)
         if self.weight_bits == 32:
-            return codes.view(*x.shape, -1)
+            return rows
+        treated = self.weights.treated(rows.reshape(-1, rows.shape[-1]))
+        unit = self._unit(treated)
         scale = self._scale(unit)
         if self.weights.scale == "learned":
-            scale = F.embedding(x.flatten(), self.weight_scale[:, None])[:, 0]
-        return (codes * scale[:, None]).view(*x.shape, -1)
+            scale = self.weight_scale[x.flatten()]
+        return (self._codes(treated, unit) * scale[:, None]).view_as(rows)
+
+    @override
+    def _code(self, estimator: Any, weights: Any, activations: Any) -> None:
+        if Activations.of(activations).bits != 32:
+            raise ValueError(f"BinaryEmbedding: it has no activations to code, got {activations=}.")
+        super()._code(estimator, weights, activations)
 
     @override
     def _unit(self, treated: Tensor) -> Tensor:
