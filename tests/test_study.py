@@ -257,7 +257,7 @@ def test_a_killed_search_resumes_without_losing_or_repeating_a_finished_candidat
     storage, log = str(persistent(kind, tmp_path)), tmp_path / "evaluated.txt"
     code = KILLED.format(root=str(Path(__file__).parents[1]), storage=storage)
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while not log.exists() or len(log.read_text().splitlines()) < 20:
         assert process.poll() is None, "the search ended before it was killed"
         assert time.monotonic() < deadline
