@@ -151,7 +151,7 @@ def main() -> None:
     python = os.environ.get("DYNAST_PYTHON")
     if not python:
         print(
-            f"skipped: set DYNAST_PYTHON to a Python that has dynast 1.6.0; how to: {__file__}, first lines."
+            "skipped: set DYNAST_PYTHON to a Python that has dynast 1.6.0, as the first lines of this file say."
         )
         return
     print(
