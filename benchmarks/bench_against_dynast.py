@@ -150,13 +150,9 @@ def main() -> None:
 
     python = os.environ.get("DYNAST_PYTHON")
     if not python:
-        print(
-            "skipped: set DYNAST_PYTHON to a Python that has dynast 1.6.0, as the first lines of this file say."
-        )
+        print("skipped: set DYNAST_PYTHON to a Python that has dynast 1.6.0, as this file says on top.")
         return
-    print(
-        f"{'medians of ' + str(SEEDS) + ' seeds':<18} {'share':>5} {'evaluations, s: here':>22} {'dynast':>16}"
-    )
+    print(f"{f'medians of {SEEDS} seeds':<18} {'share':>5} {'evaluations, s: here':>22} {'dynast':>16}")
     for problem in PROBLEMS:
         with tempfile.TemporaryDirectory() as folder:
             grids = str(Path(folder) / "grids.npy")
