@@ -317,12 +317,15 @@ def _measure_again(
         wanted = [(n, i) for i, n in enumerate(counts) if n < times]
         if not wanted or (settled and not noisy):
             return
-        keys = {f"repeat {n}: {front[i].architecture.key}": front[i] for n, i in sorted(wanted)}
+        keys = {f"repeat {n}: {front[i].architecture.key}": (n, front[i]) for n, i in sorted(wanted)}
         free = [key for key in keys if key not in record.others]
         if not free:
             claims.wait()
         elif claims.take_key(free[0], record.next_proposal, 0.0, budget):
-            candidate = keys[free[0]]
+            count, candidate = keys[free[0]]
+            record.read_repeats()  # what others finished before this claim stood
+            if len(record.repeats.get(candidate.architecture.key, ())) > count:
+                continue
             with _saying_where(name, candidate.architecture, record):
                 values = measured(candidate.values) if settled else evaluate(candidate.architecture)
             costs = {cost: candidate.values[cost] for cost in problem.counted}

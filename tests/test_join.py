@@ -197,7 +197,10 @@ def command(*arguments):
     code = f"import sys; sys.path.append({str(Path(__file__).parents[1])!r})"
     code += "; from lightning_nas.cli import main; main()"
     return subprocess.Popen(
-        [sys.executable, "-c", code, "join", *arguments], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, "join", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored below a shell's "&"
     )
 
 

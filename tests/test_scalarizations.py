@@ -119,7 +119,7 @@ def test_a_front_beside_a_reward_is_sorted_by_its_cost():
 
 def test_a_reward_with_another_target_is_another_study(tmp_path):
     found([Maximize(MnasNetReward("accuracy", MACS, 40))], storage=tmp_path / "s.log")
-    again = found([Maximize(MnasNetReward("accuracy", MACS, 40))], storage=tmp_path / "s.log", budget=3)
+    again = found([Maximize(MnasNetReward("accuracy", MACS, 40))], storage=tmp_path / "s.log", budget=12)
     assert len(again.candidates) == 12
     with pytest.raises(StudyMismatchError, match=r"macs / 40.*macs / 40\.5"):
         found([Maximize(MnasNetReward("accuracy", MACS, 40.5))], storage=tmp_path / "s.log")

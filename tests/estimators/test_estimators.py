@@ -275,6 +275,7 @@ def test_copies_pickles_and_state_dicts_hold_what_they_must(estimator):
 def test_one_compiled_graph_serves_the_whole_schedule():
     from torch._dynamo.testing import CompileCounter
 
+    torch._dynamo.reset()  # of what other tests compiled
     for rule in (STE(), BiReal(), EDE(), DSQ(), ReSTE(), BiPer()):
         counter = CompileCounter()
         compiled = torch.compile(rule, fullgraph=True, backend=counter)
