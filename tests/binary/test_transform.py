@@ -130,6 +130,7 @@ def test_without_an_example_the_first_pass_decides():
     assert model.conv.input_is_nonnegative
 
 
+@pytest.mark.ddp
 def test_two_processes_agree_on_codes_and_scale(tmp_path):
     def run(rank):
         torch.distributed.init_process_group(
