@@ -154,9 +154,7 @@ def main() -> None:
             f"skipped: set DYNAST_PYTHON to a Python that has dynast 1.6.0; how to: {__file__}, first lines."
         )
         return
-    print(
-        f"{'medians of ' + str(SEEDS) + ' seeds':<18} {'share':>5} {'evaluations, s: here':>22} {'dynast':>16}"
-    )
+    print(f"{f'median of {SEEDS} seeds':<18} {'share':>5} {'evaluations, s: here':>22} {'dynast':>16}")
     for problem in PROBLEMS:
         with tempfile.TemporaryDirectory() as folder:
             grids = str(Path(folder) / "grids.npy")
