@@ -146,13 +146,13 @@ def reached(events: list[Event], problem: str) -> list[tuple[float, float]]:
 
 def main() -> None:
     """Print one row a problem, level and package: medians over seeds."""
-    from tests.tables import TABLES
-
     python = os.environ.get("DYNAST_PYTHON")
     if not python:
-        print("skipped: set DYNAST_PYTHON to a Python that has dynast 1.6.0, as this file says on top.")
+        print(f"skipped: set DYNAST_PYTHON to a Python that has dynast 1.6.0; see {Path(__file__).name}")
         return
-    print(f"{f'medians of {SEEDS} seeds':<18} {'share':>5} {'evaluations, s: here':>22} {'dynast':>16}")
+    from tests.tables import TABLES
+
+    print(f"{f'median of {SEEDS} seeds':<18} {'share':>5} {'evaluations, s: here':>22} {'dynast':>16}")
     for problem in PROBLEMS:
         with tempfile.TemporaryDirectory() as folder:
             grids = str(Path(folder) / "grids.npy")

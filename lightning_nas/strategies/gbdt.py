@@ -45,7 +45,7 @@ class GBDTNAS:
 
     Reference: Luo et al., Accuracy Prediction with Non-neural Model for Neural Architecture Search, 2020,
     sections 3 and 4 (first-order pruning). For several objectives the best are fronts, and an option is
-    forgotten only if it is bad for each of them, so a slow one or a cheap one stays.
+    forgotten only if it is bad for each of them, so one that is bad but cheap stays.
     """
 
     population: int | None = None
@@ -121,13 +121,16 @@ class _GBDTSampler(PlannedSampler):
         """
         on = forecast.features > 0
         count, gains = np.maximum(on.sum(0), 1), []
-        for column, objective in enumerate(self.problem.objectives):
+        for objective in self.problem.objectives:
             if objective.name in forecast.predictors:
                 trees = cast(Trees, forecast.predictors[objective.name])
                 values = trees.contributions(forecast.features)[:, :-1]
                 loss = np.where(on, values, 0.0).sum(0) / count
             else:  # a cost that is counted: beside the average network
-                costs = forecast.losses(forecast.measured)[:, column]
+                known = self.problem.costs_of_all(
+                    self.problem.space.at(forecast.measured), self.problem.counted
+                )
+                costs = forecast.signs[objective.name] * np.array([cost[objective.name] for cost in known])
                 loss = np.where(on.any(0), on.T @ (costs - costs.mean()) / count, 0.0)
             gains.append(-loss / np.abs(loss).max(initial=1e-12))
         gain: NDArray[np.float64] = np.max(gains, axis=0)

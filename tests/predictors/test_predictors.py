@@ -208,6 +208,16 @@ def test_the_automatic_choice_is_the_kind_whose_cross_validated_order_is_best():
     assert P.Automatic().fit(features[:3], targets[:3]).chosen == "ridge"  # too few rows to tell
 
 
+def test_the_automatic_choice_is_that_of_the_first_rows_up_to_a_power_of_two():
+    features, targets = planted(127)
+    validated = P.cross_validated(P.KernelRidge, features[:64], targets[:64])
+    for rows in (64, 100, 127):
+        fitted = P.Automatic(("ridge", "kernel-ridge")).fit(features[:rows], targets[:rows])
+        assert fitted.qualities["kernel-ridge"] == validated
+        everything = P.predictors[fitted.chosen]().fit(features[:rows], targets[:rows])
+        np.testing.assert_allclose(fitted.predict(features).mean, everything.predict(features).mean)
+
+
 def test_measures_of_quality_on_a_case_by_hand():
     quality = P.quality_of([1, 2, 3, 4], [10, 30, 20, 40])
     assert quality.kendall == pytest.approx((5 - 1) / 6)
