@@ -52,7 +52,7 @@ def search(
     constraints: Mapping[Any, Bound] | None = None,
     initial: Iterable[Mapping[str, Value]] = (),
     baseline: bool = False,
-    remeasure: int = 1,
+    remeasure: int = 0,
     on_candidate: OnCandidate | None = None,
     progress: bool = True,
     sharing: Sharing = _SHARING,

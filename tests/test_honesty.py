@@ -42,8 +42,9 @@ class Measured:
         return {"accuracy": self.signal * true(architecture) + self.sigma * self.rng.normal()}
 
 
-def searched(evaluate=None, objectives=OBJECTIVES, **settings):
-    settings = {"strategy": "random", "budget": 40, "storage": "memory", "progress": False, **settings}
+def searched(evaluate=None, objectives=OBJECTIVES, **given):
+    settings = {"strategy": "random", "budget": 40, "storage": "memory", "remeasure": 1, "progress": False}
+    settings |= given
     return nas.search(SPACE, evaluate or Measured(), objectives, **settings)
 
 
