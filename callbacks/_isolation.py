@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from pytorch_lightning.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-__all__ = ["RandomState", "copied", "muted", "same_random_state", "undisturbed", "unregularized"]
+__all__ = ["RandomState", "copied", "eagerly", "muted", "same_random_state", "undisturbed", "unregularized"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,28 @@ def same_random_state(device: torch.device) -> Iterator[RandomState]:
         yield state
     finally:
         state.restore()
+
+
+_asking: list[object] = []  # those inside of eagerly()
+_stance = ExitStack()
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Compiled networks run as they are written meanwhile.
+
+    Callbacks that ask for it do not end in the reverse order of their beginning, so it ends with the last.
+    """
+    if not _asking:
+        _stance.enter_context(torch.compiler.set_stance("force_eager"))
+    me = object()
+    _asking.append(me)
+    try:
+        yield
+    finally:
+        _asking.remove(me)
+        if not _asking:
+            _stance.close()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import torch
 from lightning_nas.callbacks._binary_checks import refuse_bad_scales, refuse_unused, stale_copy, untrained
 from lightning_nas.callbacks._binary_watch import BinaryWatch
 from lightning_nas.callbacks._frozen_teacher import FrozenTeaching
+from lightning_nas.callbacks._isolation import eagerly
 from lightning_nas.callbacks._lightning import callbacks_of
 from lightning_nas.callbacks._networks import network_or_whole
 from lightning_nas.callbacks._stages import (
@@ -400,7 +401,7 @@ class Binarization(FrozenTeaching):
         if any(
             layer.input_bits != 32 and layer.input_is_nonnegative is None for layer in self._found.values()
         ):
-            self._eager.enter_context(torch.compiler.set_stance("force_eager"))
+            self._eager.enter_context(eagerly())
 
     @override
     def on_validation_batch_start(

@@ -14,6 +14,7 @@ from lightning_nas.callbacks._capture import Call, Capture, entry_of, tapped
 from lightning_nas.callbacks._isolation import (
     RandomState,
     copied,
+    eagerly,
     muted,
     same_random_state,
     undisturbed,
@@ -368,7 +369,7 @@ class SupernetTraining(Callback):
         supernet = self._require()
         seed = int(np.random.SeedSequence([self.seed, trainer.global_rank]).generate_state(1)[0])
         self._members = sampler.mixture(supernet.space, seed, trainer.global_step, batch)
-        self._mixing.enter_context(torch.compiler.set_stance("force_eager"))
+        self._mixing.enter_context(eagerly())
         self._mixing.enter_context(supernet.mixture(self._members))
 
     def _expect_calls(self, trainer: Trainer, pl_module: LightningModule) -> None:

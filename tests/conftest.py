@@ -1,4 +1,5 @@
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -23,3 +24,5 @@ def _work_in_a_folder_of_its_own(tmp_path, monkeypatch):
     yield
     os.environ.clear()
     os.environ.update(environment)
+    if "torch._dynamo.eval_frame" in sys.modules:  # a callback that lets graphs run eagerly must end it
+        assert sys.modules["torch._dynamo.eval_frame"]._stance.stance == "default"
